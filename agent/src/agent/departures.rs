@@ -1,0 +1,315 @@
+//! VMs that leave this host.
+
+use super::gangs::LocalGang;
+use super::pacing::LanePacing;
+use super::{Agent, AgentCaller};
+use crate::dedup::claim::ShardMap;
+use crate::dedup::fingerprint::FingerprintKey;
+use crate::dedup::source::SourceDedup;
+use crate::gang::claims::Claims;
+use crate::gang::flight::{Flight, PrecopyRules};
+use crate::gang::handover::{End, Handover, chain};
+use crate::gang::message::{Compress, GangSpec, Phase, SourceFacts};
+use crate::gang::rounds::RoundLimits;
+use crate::gang::scan::Scan;
+use crate::gang::source::SourceGang;
+use crate::gang::stage::StageShared;
+use crate::lane::{self, Connector, EncodeConfig, LaneSetConfig};
+use crate::net::{Kind, connect};
+use crate::pace::policy::Then;
+use crate::types::{GangId, VmIndex};
+use crate::vmm::DirectSource;
+use crate::vmm::direct::SourceVm;
+use crate::vmm::ram::GuestRam;
+use std::collections::BTreeMap;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+
+/// Time to open a lane's connection.
+const LANE_CONNECT: Duration = Duration::from_secs(2);
+
+/// One VM on its way out.
+pub(super) struct Departure {
+    pub(super) flight: Arc<Flight>,
+    turn: watch::Sender<bool>,
+}
+
+impl Departure {
+    /// It is this VM's turn to switch over.
+    pub(super) fn turn(&self) {
+        self.turn.send_replace(true);
+    }
+
+    /// Stops the move, unless the point of no return has been passed. A VM
+    /// that waits for its turn is woken.
+    pub(super) fn cancel(&self) {
+        self.flight.cancel();
+    }
+
+    /// Whether the guest stands still for the handover.
+    pub(super) fn is_switching(&self) -> bool {
+        self.flight.snapshot().phase == Phase::StopCopy
+    }
+}
+
+impl Agent {
+    /// Whether a VM of this host may be moved, and what its target must know.
+    pub(super) async fn check_source(&self, name: &str) -> Result<SourceFacts, String> {
+        let vm = self.vms.get(name).ok_or_else(|| {
+            format!("VM {name} is not in this agent's charge: `drover vm run` or `adopt` it first")
+        })?;
+        if let Some(gang) = vm.leaving {
+            return Err(format!("VM {name} is being moved by gang {gang} already"));
+        }
+        let source = SourceVm::open(vm.vmm.clone())
+            .await
+            .map_err(|e| chain(&e))?;
+        let data_bytes = data_bytes(source.ram()).map_err(|e| format!("RAM of VM {name}: {e}"))?;
+        Ok(SourceFacts {
+            direct: source.facts().clone(),
+            data_bytes,
+            definition: vm.definition.text.clone(),
+        })
+    }
+
+    /// What the VMs of a gang that leave this host share.
+    pub(super) fn source_gang(&self, spec: &GangSpec) -> Result<SourceGang, String> {
+        let policy = self.policy();
+        let members: Vec<String> = spec
+            .claim_members(self.name())
+            .into_iter()
+            .map(str::to_owned)
+            .collect();
+        let my_place = members.iter().position(|m| m == self.name()).unwrap_or(0);
+        let start_at = my_place as f64 / members.len().max(1) as f64;
+        let ids: Vec<u64> = members.iter().map(|m| host_id(m)).collect();
+        let mut shared = BTreeMap::new();
+        for rack in spec.target_racks() {
+            let space = spec
+                .claim_space(rack)
+                .ok_or("a target rack without a claim space")?;
+            self.data.open_shard(space);
+            let limit = policy.limits.claim_deadline;
+            let dedup = SourceDedup::new(ShardMap::new(&ids), spec.hosts.len() as u16);
+            let stage = StageShared {
+                gang: spec.id,
+                pool: self.pool.clone(),
+                dedup: Arc::new(dedup),
+                claims: Claims::new(self.rack.claims(), space, members.clone(), limit),
+                next_batch: AtomicU64::new(1),
+                claim_limit: limit,
+                start_at,
+                slots: self.scan_slots.clone(),
+            };
+            shared.insert(rack.to_owned(), Arc::new(stage));
+        }
+        let encode = EncodeConfig {
+            compress: match spec.compress {
+                Compress::Never => lane::Compress::Never,
+                Compress::Auto => lane::Compress::Auto,
+                Compress::Always => lane::Compress::Always,
+            },
+            level: policy.compress.level.clamp(1, 19),
+            ..EncodeConfig::default()
+        };
+        let lanes = policy.limits.lanes_per_pair as usize;
+        let config = move |target: &str| LaneSetConfig {
+            lanes,
+            encode,
+            ..LaneSetConfig::new(target)
+        };
+        let (roster, gang) = (self.roster.clone(), spec.id);
+        let connector = move |target: &str| -> Connector {
+            let (roster, target) = (roster.clone(), target.to_owned());
+            Arc::new(move || open_lane(&roster, &target, gang))
+        };
+        Ok(SourceGang::new(
+            spec.clone(),
+            shared,
+            Arc::new(LanePacing(self.pacer.clone())),
+            Box::new(config),
+            Box::new(connector),
+        ))
+    }
+
+    /// Protects the VM's RAM and starts its pre-copy. On failure the VM runs
+    /// as before.
+    pub(super) async fn start_source(
+        self: &Rc<Self>,
+        gang: &Rc<LocalGang>,
+        index: VmIndex,
+    ) -> Result<(), String> {
+        let plan = gang.spec.vm(index).filter(|vm| vm.from == self.name());
+        let plan = plan.ok_or("that VM does not leave this host")?.clone();
+        let side = gang
+            .source
+            .clone()
+            .ok_or("no VM of the gang leaves this host")?;
+        let vm = self
+            .vms
+            .get(&plan.name)
+            .ok_or_else(|| format!("VM {} is gone", plan.name))?;
+        if vm.leaving.is_some() {
+            return Err(format!("VM {} is being moved already", plan.name));
+        }
+        self.vms
+            .update(&plan.name, |vm| vm.leaving = Some(gang.spec.id));
+        let started = self
+            .launch(gang, &side, index, &plan.name, vm.vmm.clone())
+            .await;
+        if started.is_err() {
+            self.vms.update(&plan.name, |vm| vm.leaving = None);
+            side.ended(index, false);
+        }
+        started
+    }
+
+    async fn launch(
+        self: &Rc<Self>,
+        gang: &Rc<LocalGang>,
+        side: &Arc<SourceGang>,
+        index: VmIndex,
+        name: &str,
+        vmm: crate::vmm::launch::Vmm,
+    ) -> Result<(), String> {
+        let vm = self
+            .vms
+            .get(name)
+            .ok_or_else(|| format!("VM {name} is gone"))?;
+        let target = gang
+            .spec
+            .vm(index)
+            .map(|v| v.to.clone())
+            .unwrap_or_default();
+        let source = SourceVm::open(vmm).await.map_err(|e| chain(&e))?;
+        let flight = Flight::new(index, name, &target, source.ram().pages());
+        let key = Arc::new(FingerprintKey::derive(&self.secret, &vm.definition.domain));
+        let stager = side
+            .depart(flight.clone(), key.clone())
+            .map_err(|e| chain(&e))?;
+        let (log, quiesced) = source.start_log().await.map_err(|e| chain(&e))?;
+        tracing::info!(vm = %name, %target, stopped_us = quiesced.stopped.as_micros() as u64,
+            "RAM is protected, pre-copy begins");
+        let pages = DirectSource::new(source.ram().clone(), log);
+        let (commands, orders) = std::sync::mpsc::channel();
+        let (tell, steps) = mpsc::unbounded_channel();
+        let scan = Scan::new(
+            flight.clone(),
+            self.precopy_rules(gang),
+            pages,
+            stager,
+            orders,
+            tell,
+        );
+        std::thread::Builder::new()
+            .name(format!("scan-{name}"))
+            .spawn(move || scan.run())
+            .map_err(|e| format!("VM {name}: no scan thread: {e}"))?;
+        let (turn, wait_for_turn) = watch::channel(false);
+        let departure = Departure {
+            flight: flight.clone(),
+            turn,
+        };
+        gang.departures.borrow_mut().insert(index, departure);
+        let handover = Handover {
+            caller: Rc::new(AgentCaller(self.clone())),
+            roster: self.roster.clone(),
+            journal: self.journal.clone(),
+            spec: gang.spec.clone(),
+            flight,
+            source,
+            files: vm.files.clone(),
+            key,
+            socket: self.config.run_dir.join(format!("{name}.out.sock")),
+            commands,
+            steps,
+            turn: wait_for_turn,
+            hold: self.config.hold_at_switch.clone(),
+        };
+        let (agent, side) = (self.clone(), side.clone());
+        tokio::task::spawn_local(async move {
+            let flight = handover.flight.clone();
+            let end = handover.run().await;
+            agent.departed(&side, &flight, &end);
+        });
+        Ok(())
+    }
+
+    fn departed(&self, side: &SourceGang, flight: &Flight, end: &End) {
+        let arrived = matches!(end, End::Arrived);
+        let state = flight.snapshot();
+        match end {
+            End::Arrived => {
+                tracing::info!(vm = %flight.name, target = %flight.target,
+                    downtime_ms = state.downtime_ms, "VM has arrived");
+                self.vms.remove(&flight.name);
+            }
+            End::Stayed(_) => self.vms.update(&flight.name, |vm| {
+                vm.leaving = None;
+                vm.pages_scanned +=
+                    state.pages.sent + state.pages.reference + state.pages.unchanged;
+                let rate = state.dirty_pages_per_s * crate::types::PAGE_SIZE as f64;
+                vm.dirty_bytes_per_s = Some(rate as u64);
+            }),
+            // Stays marked as leaving: nobody may move or stop it unasked.
+            End::InDoubt(why) => tracing::error!(vm = %flight.name, %why, "VM is in doubt"),
+        }
+        side.ended(flight.vm, arrived);
+    }
+
+    fn precopy_rules(&self, gang: &LocalGang) -> PrecopyRules {
+        let rounds = self.policy().rounds;
+        let pacer = self.pacer.clone();
+        PrecopyRules {
+            limits: RoundLimits {
+                downtime_limit: Duration::from_millis(gang.spec.downtime_limit_ms),
+                max_rounds: rounds.max_rounds,
+                max_precopy: rounds.max_precopy,
+                gain: f64::from(rounds.stuck_percent) / 100.0,
+                stuck_rounds: rounds.stuck_rounds,
+            },
+            force_switch: rounds.then == Then::ForceSwitch,
+            stop_copy_rate: Box::new(move || pacer.stop_copy_rate()),
+        }
+    }
+}
+
+/// A number for an agent that all agents agree on.
+fn host_id(name: &str) -> u64 {
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, name.as_bytes());
+    digest
+        .as_ref()
+        .iter()
+        .take(8)
+        .fold(0, |id, byte| id << 8 | u64::from(*byte))
+}
+
+/// Opens a lane's connection, on the lane's own thread.
+fn open_lane(
+    roster: &Arc<crate::net::Roster>,
+    target: &str,
+    gang: GangId,
+) -> io::Result<std::net::TcpStream> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let stream = connect(roster, target, Kind::Lane, gang, 0, LANE_CONNECT)
+            .await
+            .map_err(|e| io::Error::other(chain(&e)))?;
+        stream.into_blocking()
+    })
+}
+
+fn data_bytes(ram: &GuestRam) -> io::Result<u64> {
+    let mut pages = 0;
+    for run in ram.data_extents(crate::types::Gfn(0)) {
+        let run = run?;
+        pages += u64::from(run.end.0 - run.start.0);
+    }
+    Ok(pages * crate::types::PAGE_SIZE as u64)
+}

@@ -1,0 +1,326 @@
+//! This agent's part in gangs: who may ask what, and the dispatch of requests
+//! to [`super::departures`] and [`super::arrivals`].
+
+use super::Agent;
+use super::arrivals::Arrival;
+use super::departures::Departure;
+use crate::dedup::claim::MAX_HOLDERS;
+use crate::gang::message::{GangRequest, GangResponse, GangSpec};
+use crate::gang::plan::MAX_VMS;
+use crate::gang::source::SourceGang;
+use crate::gang::target::TargetGang;
+use crate::net::listener::ConnectionPermit;
+use crate::types::{GangId, VmIndex};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A gang of which nothing was heard for this long is given up: half-made
+/// targets are removed, sources that wait for their turn run on.
+const ORPHANED_AFTER: Duration = Duration::from_secs(30);
+
+/// One gang as this host takes part in it.
+pub(super) struct LocalGang {
+    pub(super) spec: GangSpec,
+    pub(super) source: Option<Arc<SourceGang>>,
+    pub(super) target: Option<Arc<TargetGang>>,
+    pub(super) departures: RefCell<BTreeMap<VmIndex, Departure>>,
+    pub(super) arrivals: RefCell<BTreeMap<VmIndex, Rc<Arrival>>>,
+    /// Connections of this gang's lanes count towards the listener's limit for
+    /// as long as the gang is open.
+    pub(super) permits: RefCell<Vec<ConnectionPermit>>,
+    heard: Cell<Instant>,
+}
+
+impl LocalGang {
+    pub(super) fn tick(&self) {
+        if let Some(target) = &self.target {
+            target.tick();
+        }
+    }
+
+    /// Somebody of the gang has spoken.
+    pub(super) fn touch(&self) {
+        self.heard.set(Instant::now());
+    }
+
+    pub(super) fn has_departures(&self) -> bool {
+        self.departures
+            .borrow()
+            .values()
+            .any(|d| !d.flight.snapshot().phase.is_final())
+    }
+
+    pub(super) fn cancel_departures(&self) {
+        for departure in self.departures.borrow().values() {
+            departure.cancel();
+        }
+    }
+
+    pub(super) fn arrival(&self, vm: VmIndex) -> Option<Rc<Arrival>> {
+        self.arrivals.borrow().get(&vm).cloned()
+    }
+
+    fn is_orphaned(&self) -> bool {
+        let alive = self
+            .target
+            .as_ref()
+            .is_some_and(|target| target.has_open_lane());
+        self.heard.get().elapsed() > ORPHANED_AFTER && !alive
+    }
+}
+
+impl Agent {
+    pub(super) fn open_gangs(&self) -> Vec<Rc<LocalGang>> {
+        self.gangs.borrow().values().cloned().collect()
+    }
+
+    pub(super) fn gang(&self, id: GangId) -> Result<Rc<LocalGang>, String> {
+        self.gangs
+            .borrow()
+            .get(&id)
+            .cloned()
+            .ok_or_else(|| format!("gang {id} is not open here (any more)"))
+    }
+
+    /// Answers one request of agent `from`.
+    pub(super) async fn gang_request(
+        self: Rc<Self>,
+        from: &str,
+        request: GangRequest,
+    ) -> GangResponse {
+        match self.dispatch(from, request).await {
+            Ok(response) => response,
+            Err(why) => GangResponse::Failed(why),
+        }
+    }
+
+    async fn dispatch(
+        self: &Rc<Self>,
+        from: &str,
+        request: GangRequest,
+    ) -> Result<GangResponse, String> {
+        use GangRequest as R;
+        match request {
+            R::Core => Ok(GangResponse::Core(self.core_state())),
+            R::CheckSource { vm } => self.check_source(&vm).await.map(GangResponse::Source),
+            R::CheckTarget { vm, facts } => self.check_target(&vm, &facts).map(done),
+            R::Open(spec) => self.open_gang(from, spec).map(done),
+            R::PrepareTarget { gang, vm, facts } => {
+                let gang = self.admitted(from, gang, |spec| from == spec.coordinator)?;
+                self.prepare_target(&gang, vm, facts).await.map(done)
+            }
+            R::StartSource { gang, vm } => {
+                let gang = self.admitted(from, gang, |spec| from == spec.coordinator)?;
+                self.start_source(&gang, vm).await.map(done)
+            }
+            R::Progress { gang } => {
+                let gang = self.admitted(from, gang, |spec| from == spec.coordinator)?;
+                let departures = gang.departures.borrow();
+                let states = departures.values().map(|d| d.flight.snapshot()).collect();
+                Ok(GangResponse::Progress(states))
+            }
+            R::Switch { gang, vm } => {
+                let gang = self.admitted(from, gang, |spec| from == spec.coordinator)?;
+                let departures = gang.departures.borrow();
+                let departure = departures
+                    .get(&vm)
+                    .ok_or("that VM does not leave this host")?;
+                departure.turn();
+                Ok(GangResponse::Done)
+            }
+            R::Cancel { gang, vm } => {
+                let gang = self.admitted(from, gang, |spec| from == spec.coordinator)?;
+                if let Some(departure) = gang.departures.borrow().get(&vm) {
+                    departure.cancel();
+                }
+                Ok(GangResponse::Done)
+            }
+            R::Close { gang } => {
+                if self.gang(gang).is_ok() {
+                    self.admitted(from, gang, |spec| from == spec.coordinator)?;
+                    self.close_gang(gang).await;
+                }
+                Ok(GangResponse::Done)
+            }
+            R::Seal {
+                gang,
+                vm,
+                digest,
+                full,
+                wait_ms,
+            } => {
+                let gang = self.admitted(from, gang, |spec| is_source(spec, vm, from))?;
+                self.seal(&gang, vm, digest, full, Duration::from_millis(wait_ms))
+                    .await
+            }
+            R::ExpectDevice { gang, vm } => {
+                let gang = self.admitted(from, gang, |spec| is_source(spec, vm, from))?;
+                self.expect_device(&gang, vm).await
+            }
+            R::AwaitDevice { gang, vm, wait_ms } => {
+                let gang = self.admitted(from, gang, |spec| is_source(spec, vm, from))?;
+                self.await_device(&gang, vm, Duration::from_millis(wait_ms))
+                    .await
+                    .map(done)
+            }
+            R::Resume { gang, vm, run } => {
+                let gang = self.admitted(from, gang, |spec| is_source(spec, vm, from))?;
+                self.resume(&gang, vm, run).await.map(done)
+            }
+            R::Abort { gang, vm, why } => {
+                let Ok(gang) = self.gang(gang) else {
+                    return Ok(GangResponse::Done);
+                };
+                if from != gang.spec.coordinator && !is_source(&gang.spec, vm, from) {
+                    return Err(format!("{from} has no say in VM {} of this gang", vm.0));
+                }
+                self.abort_arrival(&gang, vm, &why).await;
+                Ok(GangResponse::Done)
+            }
+        }
+    }
+
+    /// The gang, if `from` may ask this of it.
+    fn admitted(
+        &self,
+        from: &str,
+        gang: GangId,
+        may: impl FnOnce(&GangSpec) -> bool,
+    ) -> Result<Rc<LocalGang>, String> {
+        let gang = self.gang(gang)?;
+        if !may(&gang.spec) {
+            return Err(format!(
+                "{from} has no say in this of gang {}",
+                gang.spec.name
+            ));
+        }
+        gang.touch();
+        Ok(gang)
+    }
+
+    fn open_gang(self: &Rc<Self>, from: &str, spec: GangSpec) -> Result<(), String> {
+        if spec.coordinator != from {
+            return Err(format!(
+                "{from} opens a gang that {} coordinates",
+                spec.coordinator
+            ));
+        }
+        if spec.vms.len() > MAX_VMS || spec.hosts.len() > usize::from(MAX_HOLDERS) {
+            return Err(format!(
+                "gang {} has {} VMs on {} hosts; {MAX_VMS} and {MAX_HOLDERS} are possible",
+                spec.name,
+                spec.vms.len(),
+                spec.hosts.len()
+            ));
+        }
+        for host in &spec.hosts {
+            let Some(member) = self.roster.member(&host.name) else {
+                return Err(format!("{} is not among the peers here", host.name));
+            };
+            if member.rack != host.rack {
+                return Err(format!(
+                    "{} is in rack {} by this agent's configuration, in {} by {from}'s",
+                    host.name, member.rack, host.rack
+                ));
+            }
+        }
+        if self.gang(spec.id).is_ok() {
+            return Ok(());
+        }
+        let profile = spec.profile.parse().map_err(|e| format!("profile: {e}"))?;
+        let source = match spec.leaving(self.name()).next() {
+            Some(_) => Some(Arc::new(self.source_gang(&spec)?)),
+            None => None,
+        };
+        let target = match spec.arriving(self.name()).next() {
+            Some(_) => Some(self.target_gang(&spec)?),
+            None => None,
+        };
+        if source.is_some() {
+            self.pacer.set_profile(profile);
+        }
+        if let Some(target) = &target {
+            self.data.open_target(spec.id, target.clone());
+        }
+        let gang = LocalGang {
+            source,
+            target,
+            departures: RefCell::default(),
+            arrivals: RefCell::default(),
+            permits: RefCell::default(),
+            heard: Cell::new(Instant::now()),
+            spec,
+        };
+        tracing::info!(gang = %gang.spec.name, id = %gang.spec.id, by = %from, "gang opened");
+        self.gangs.borrow_mut().insert(gang.spec.id, Rc::new(gang));
+        Ok(())
+    }
+
+    /// Ends everything of a gang here. VMs that are still on their way out
+    /// stay; half-made targets go.
+    pub(super) async fn close_gang(&self, id: GangId) {
+        let Some(gang) = self.gangs.borrow_mut().remove(&id) else {
+            return;
+        };
+        gang.cancel_departures();
+        let left: Vec<VmIndex> = gang.arrivals.borrow().keys().copied().collect();
+        for vm in left {
+            self.abort_arrival(&gang, vm, "the gang was closed").await;
+        }
+        self.data.close_target(id);
+        for rack in gang.spec.target_racks() {
+            if let Some(space) = gang.spec.claim_space(rack) {
+                self.data.close_shard(space);
+            }
+        }
+        if let Some(source) = &gang.source {
+            self.keep_lane_totals(source);
+        }
+        let (source, target) = (gang.source.clone(), gang.target.clone());
+        let closing = tokio::task::spawn_blocking(move || {
+            if let Some(source) = source {
+                source.close();
+            }
+            if let Some(target) = target {
+                target.close();
+            }
+        });
+        if let Err(panic) = closing.await {
+            tracing::error!(%panic, "closing a gang's lanes panicked");
+        }
+        gang.permits.borrow_mut().clear();
+        if self.gangs.borrow().values().all(|g| g.source.is_none()) {
+            self.pacer.set_profile(self.policy().profile);
+        }
+        tracing::info!(gang = %gang.spec.name, id = %gang.spec.id, "gang closed");
+    }
+
+    /// Closes gangs whose coordinator and lanes are gone.
+    pub(super) async fn reap(&self) {
+        for gang in self.open_gangs() {
+            if gang.is_orphaned()
+                && !gang
+                    .departures
+                    .borrow()
+                    .values()
+                    .any(Departure::is_switching)
+            {
+                tracing::warn!(gang = %gang.spec.name, coordinator = %gang.spec.coordinator,
+                    "nothing was heard of this gang for {} s: given up here",
+                    ORPHANED_AFTER.as_secs());
+                self.close_gang(gang.spec.id).await;
+            }
+        }
+    }
+}
+
+fn done((): ()) -> GangResponse {
+    GangResponse::Done
+}
+
+fn is_source(spec: &GangSpec, vm: VmIndex, host: &str) -> bool {
+    spec.vm(vm).is_some_and(|v| v.from == host)
+}

@@ -1,0 +1,392 @@
+//! The agent: what `drover agent` runs.
+//!
+//! One control thread (tokio-uring) answers operators ([`operator`]) and other
+//! agents ([`gangs`]) and drives handovers; [`data`] is what the data threads
+//! answer with. The VMs in its charge are in the [`registry`].
+
+mod arrivals;
+mod data;
+mod departures;
+mod gangs;
+mod incoming;
+mod operator;
+mod pacing;
+mod registry;
+mod report;
+
+use crate::api::{ApiLimits, ApiServer, ServeError};
+use crate::config::{AgentConfig, ClusterSecret, SecretError};
+use crate::dedup::fingerprint;
+use crate::gang::coordinator::{Caller, Gang};
+use crate::gang::handover::chain;
+use crate::gang::journal::{Journal, JournalError};
+use crate::gang::message::{CoreState, GangRequest, GangResponse};
+use crate::gang::slots::ScanSlots;
+use crate::lane::BufferPool;
+use crate::lane::pool::BUF_LEN;
+use crate::net::listener::ListenError;
+use crate::net::rack::{RackError, RackLimits, RackService};
+use crate::net::rpc::{RpcClient, RpcLimits};
+use crate::net::{Listener, ListenerLimits, Roster};
+use crate::pace::meter::Measure;
+use crate::pace::pacer::Identity;
+use crate::pace::policy::{Policy, PolicyError, check_meter};
+use crate::pace::{LoadReport, Meter, MeterConfig, Pacer, PolicyWatch};
+use crate::types::GangId;
+use data::DataPlane;
+use gangs::LocalGang;
+use registry::Registry;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use thiserror::Error;
+use tokio::sync::mpsc;
+
+/// How often the policy file is looked at.
+const POLICY_PACE: Duration = Duration::from_secs(1);
+/// How often target gangs give up what is overdue.
+const TICK: Duration = Duration::from_millis(50);
+
+/// The agent cannot start.
+#[derive(Debug, Error)]
+pub enum AgentError {
+    /// No cluster secret.
+    #[error("cannot use the cluster secret")]
+    Secret(#[from] SecretError),
+    /// The secret is not one that fingerprint keys can be derived from.
+    #[error("cannot derive keys from the cluster secret")]
+    Keys(#[from] fingerprint::SecretError),
+    /// No API socket.
+    #[error("cannot serve operators")]
+    Serve(#[from] ServeError),
+    /// No listening port.
+    #[error("cannot serve other agents")]
+    Listen(#[from] ListenError),
+    /// No rack thread.
+    #[error(transparent)]
+    Rack(#[from] RackError),
+    /// No signal handler.
+    #[error("cannot wait for signals")]
+    Signal(#[source] io::Error),
+    /// The policy is no policy, or needs what is not there.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// The policy wants the uplinks counted and they cannot be.
+    #[error(
+        "the uplinks cannot be counted, and the policy requires it: {why}. Mend it, or set \
+         `required = false` in [meter] of the policy to pace by delay alone"
+    )]
+    Meter {
+        /// What is missing.
+        why: String,
+    },
+    /// No pacer thread, or no memory for page data.
+    #[error("cannot set up {what}")]
+    Resources {
+        /// For what.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// No journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// Everything the control thread holds.
+pub(crate) struct Agent {
+    config: AgentConfig,
+    secret: fingerprint::ClusterSecret,
+    roster: Arc<Roster>,
+    policy: RefCell<PolicyWatch>,
+    pacer: Pacer,
+    /// Why the uplinks are not counted, if they are not.
+    unmetered: Option<String>,
+    pool: BufferPool,
+    scan_slots: ScanSlots,
+    data: Arc<DataPlane>,
+    rack: RackService,
+    peers: BTreeMap<String, RpcClient<GangRequest, GangResponse>>,
+    journal: Journal,
+    vms: Registry,
+    gangs: RefCell<BTreeMap<GangId, Rc<LocalGang>>>,
+    /// Gangs this agent coordinates or has coordinated, newest last.
+    runs: RefCell<Vec<Rc<Gang<AgentCaller>>>>,
+    lanes_before: RefCell<crate::api::types::LaneCounters>,
+    started: Instant,
+}
+
+/// Runs the agent until it is told to end (SIGTERM or SIGINT).
+pub fn run(config: AgentConfig) -> Result<(), AgentError> {
+    let cluster = ClusterSecret::load(&config.secret_file)?;
+    let secret = fingerprint::ClusterSecret::from_bytes(cluster.as_bytes().to_vec())?;
+    let roster = Arc::new(Roster::from_config(&config, &cluster));
+    let policy = PolicyWatch::open(&config.policy)?;
+    check_meter(&policy.policy(), policy.path())?;
+    let journal = Journal::open(&config.state_dir)?;
+    tokio_uring::start(async move {
+        use tokio::signal::unix::{SignalKind, signal};
+        let mut term = signal(SignalKind::terminate()).map_err(AgentError::Signal)?;
+        let mut int = signal(SignalKind::interrupt()).map_err(AgentError::Signal)?;
+        let api = ApiServer::bind(&config.api_socket, ApiLimits::default())?;
+        let listener = Listener::bind(config.listen, ListenerLimits::default())?;
+        let agent = Agent::assemble(config, secret, roster.clone(), policy, journal)?;
+        agent.vms.find_again(&agent.config, &agent.journal).await;
+        agent.report_journal();
+        let name = &agent.config.name;
+        tracing::info!(agent = %name, listen = %agent.config.listen, "agent started");
+        let (calls, queue) = mpsc::channel(64);
+        let incoming = Rc::new(incoming::Incomings(agent.clone()));
+        tokio::select! {
+            () = api.run(calls) => {}
+            () = listener.run(roster, incoming) => {}
+            () = operator::answer(agent.clone(), queue) => {}
+            () = agent.clone().keep_time() => {}
+            () = agent.clone().share_load() => {}
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+        tracing::info!("agent ends; VMs go on running");
+        agent.end().await;
+        Ok(())
+    })
+}
+
+impl Agent {
+    fn assemble(
+        config: AgentConfig,
+        secret: fingerprint::ClusterSecret,
+        roster: Arc<Roster>,
+        policy: PolicyWatch,
+        journal: Journal,
+    ) -> Result<Rc<Self>, AgentError> {
+        let now = policy.policy();
+        let (meter, unmetered) = match attach_meter(&config, &roster) {
+            Ok(meter) => (Some(Box::new(meter) as Box<dyn Measure>), None),
+            Err(why) if now.meter.required => return Err(AgentError::Meter { why }),
+            Err(why) => (None, Some(why)),
+        };
+        if let Some(why) = &unmetered {
+            tracing::warn!(%why, "uplinks are not counted: pacing by the lanes' delay alone");
+        }
+        let resources = |what| move |source| AgentError::Resources { what, source };
+        let pacer = start_pacer(&config, &now, meter).map_err(resources("the pacer"))?;
+        let buffers = (config.data_memory as usize / BUF_LEN).max(8);
+        let pool = BufferPool::new(buffers).map_err(resources("memory for page data"))?;
+        let data = Arc::new(DataPlane::default());
+        let reports = pacer.clone();
+        let rack = RackService::start(
+            roster.clone(),
+            data.clone(),
+            data.clone(),
+            Box::new(move |from, bytes| take_report(&reports, from, bytes)),
+            RackLimits::default(),
+        )?;
+        let peers = roster
+            .peers()
+            .map(|peer| {
+                let client = RpcClient::new(roster.clone(), &peer.name, RpcLimits::default());
+                (peer.name.clone(), client)
+            })
+            .collect();
+        Ok(Rc::new(Agent {
+            config,
+            secret,
+            roster,
+            policy: RefCell::new(policy),
+            pacer,
+            unmetered,
+            pool,
+            scan_slots: ScanSlots::new(now.limits.scan_threads as usize),
+            data,
+            rack,
+            peers,
+            journal,
+            vms: Registry::default(),
+            gangs: RefCell::default(),
+            runs: RefCell::default(),
+            lanes_before: RefCell::default(),
+            started: Instant::now(),
+        }))
+    }
+
+    fn policy(&self) -> Arc<Policy> {
+        self.policy.borrow().policy()
+    }
+
+    fn name(&self) -> &str {
+        &self.config.name
+    }
+
+    /// What an earlier run of the agent left in the journal is the operator's
+    /// to decide on: nothing here guesses.
+    fn report_journal(&self) {
+        match self.journal.left() {
+            Ok(left) => {
+                for record in left {
+                    tracing::warn!(vm = %record.vm, peer = %record.peer, side = ?record.side,
+                        step = ?record.step,
+                        "an earlier run of this agent ended in the middle of this VM's handover; \
+                         see docs/operations.md");
+                }
+            }
+            Err(error) => tracing::warn!(%error, "journal cannot be read"),
+        }
+    }
+
+    /// Policy changes, overdue fetches, gangs whose other side is gone.
+    async fn keep_time(self: Rc<Self>) {
+        let mut policy_at = Instant::now();
+        loop {
+            tokio::time::sleep(TICK).await;
+            for gang in self.open_gangs() {
+                gang.tick();
+            }
+            if policy_at.elapsed() < POLICY_PACE {
+                continue;
+            }
+            policy_at = Instant::now();
+            self.reap().await;
+            let polled = self.policy.borrow_mut().poll();
+            match polled {
+                Ok(Some(policy)) => {
+                    tracing::info!("policy changed");
+                    self.pacer.set_policy(&policy);
+                    self.scan_slots.resize(policy.limits.scan_threads as usize);
+                }
+                Ok(None) => {}
+                Err(error) => tracing::error!(error = %chain(&error), "policy not taken over"),
+            }
+        }
+    }
+
+    /// Tells the rack what this host's uplinks carry.
+    async fn share_load(self: Rc<Self>) {
+        loop {
+            tokio::time::sleep(self.pacer.report_interval()).await;
+            match postcard::to_stdvec(&self.pacer.load_report()) {
+                Ok(bytes) => drop(self.rack.publish(&bytes)),
+                Err(error) => tracing::error!(%error, "load report cannot be encoded"),
+            }
+        }
+    }
+
+    fn core_state(&self) -> CoreState {
+        let status = self.pacer.status();
+        let report = self.pacer.load_report();
+        let mbit = |bytes_per_s: f64| bytes_per_s * 8.0 / 1e6;
+        let core_bytes = match report.metered {
+            true => report.egress.migration + report.ingress.migration,
+            false => self.lane_totals().sent_bytes,
+        };
+        CoreState {
+            tenant_mbit: mbit(status.tenant),
+            migration_mbit: mbit(status.migration),
+            capacity_mbit: mbit(status.capacity),
+            core_bytes,
+            metered: self.unmetered.is_none(),
+        }
+    }
+
+    /// Cancels what is under way and closes everything, within a few seconds.
+    async fn end(&self) {
+        for gang in self.open_gangs() {
+            gang.cancel_departures();
+        }
+        let until = Instant::now() + Duration::from_secs(5);
+        while Instant::now() < until && self.open_gangs().iter().any(|g| g.has_departures()) {
+            tokio::time::sleep(TICK).await;
+        }
+        for gang in self.open_gangs() {
+            self.close_gang(gang.spec.id).await;
+        }
+        self.pacer.close();
+    }
+}
+
+/// Calls the agents of a gang; this one directly.
+pub(crate) struct AgentCaller(Rc<Agent>);
+
+impl Caller for AgentCaller {
+    async fn call(
+        &self,
+        host: &str,
+        request: GangRequest,
+        limit: Duration,
+    ) -> Result<GangResponse, String> {
+        if host == self.0.name() {
+            let work = self.0.clone().gang_request(host, request);
+            return tokio::time::timeout(limit, work)
+                .await
+                .map_err(|_| format!("{host}: not done within {} s", limit.as_secs()));
+        }
+        let Some(peer) = self.0.peers.get(host) else {
+            return Err(format!(
+                "{host} is not among the peers of {}",
+                self.0.name()
+            ));
+        };
+        peer.call(&request, limit).await.map_err(|e| chain(&e))
+    }
+}
+
+fn take_report(pacer: &Pacer, from: &str, bytes: &[u8]) {
+    let Ok(report) = postcard::from_bytes::<LoadReport>(bytes) else {
+        tracing::warn!(%from, "load report cannot be read; are all agents of one version?");
+        return;
+    };
+    if report.host != from {
+        tracing::warn!(%from, "load report in another host's name ignored");
+        return;
+    }
+    if let Err(error) = pacer.receive(report) {
+        tracing::warn!(%from, %error, "load report ignored");
+    }
+}
+
+fn start_pacer(
+    config: &AgentConfig,
+    policy: &Policy,
+    meter: Option<Box<dyn Measure>>,
+) -> io::Result<Pacer> {
+    let mut boot = [0; 8];
+    aws_lc_rs::rand::fill(&mut boot).map_err(|_| io::Error::other("no random bytes"))?;
+    let identity = Identity {
+        host: config.name.clone(),
+        rack: config.rack.clone(),
+        boot: u64::from_le_bytes(boot),
+    };
+    Pacer::start(identity, policy, meter)
+}
+
+/// Attaches the meter to the uplinks; the error is what to tell the operator.
+fn attach_meter(config: &AgentConfig, roster: &Roster) -> Result<Meter, String> {
+    if config.uplinks.is_empty() {
+        return Err("agent.toml names no `uplinks`".into());
+    }
+    let in_rack = config
+        .rack_prefixes
+        .iter()
+        .filter_map(|p| crate::pace::meter::Prefix::new(p.address(), p.length()))
+        .collect();
+    let mut agents: Vec<_> = roster.peers().map(|p| p.address.ip()).collect();
+    agents.push(config.listen.ip());
+    let mut ports: Vec<u16> = roster.peers().map(|p| p.address.port()).collect();
+    ports.push(config.listen.port());
+    ports.sort_unstable();
+    ports.dedup();
+    let meter = MeterConfig {
+        uplinks: config.uplinks.clone(),
+        in_rack,
+        across_core: Vec::new(),
+        agents,
+        ports,
+        mark: 0,
+        attach: Default::default(),
+    };
+    Meter::attach(&meter).map_err(|e| chain(&e))
+}

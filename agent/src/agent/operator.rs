@@ -1,0 +1,291 @@
+//! Answers to operators.
+
+use super::registry::{Vm, not_found};
+use super::{Agent, AgentCaller, report};
+use crate::api::types::{
+    Check, MigrationInfo, MigrationOptions, MigrationRequest, MigrationStarted, StatusInfo, VmInfo,
+};
+use crate::api::{ApiCall, ApiError, ApiResult, ErrorKind};
+use crate::gang::coordinator::{Gang, SwitchRules};
+use crate::gang::message::{GangHost, GangSpec, GangVm, Phase};
+use crate::gang::plan::Plan;
+use crate::pace::ProfileName;
+use crate::types::{GangId, VmIndex};
+use std::path::Path;
+use std::rc::Rc;
+use tokio::sync::mpsc;
+
+/// Downtime limit where the operator gives none, milliseconds.
+const DOWNTIME_LIMIT_MS: u64 = 300;
+/// Runs that are kept for `drover status`.
+const RUNS_KEPT: usize = 64;
+/// VMs of one gang in stop-and-copy at once, unless aligned: each has the link
+/// to itself, which keeps each downtime short.
+const SWITCH_AT_ONCE: usize = 1;
+
+/// Answers calls until the API ends. Long ones get a task of their own.
+pub(super) async fn answer(agent: Rc<Agent>, mut calls: mpsc::Receiver<ApiCall>) {
+    while let Some(call) = calls.recv().await {
+        let agent = agent.clone();
+        tokio::task::spawn_local(async move { agent.answer_one(call).await });
+    }
+}
+
+impl Agent {
+    async fn answer_one(self: Rc<Self>, call: ApiCall) {
+        // A client that has gone away does not get its answer.
+        match call {
+            ApiCall::Status { reply } => drop(reply.send(Ok(self.status()))),
+            ApiCall::ListVms { reply } => drop(reply.send(Ok(self.list_vms().await))),
+            ApiCall::RunVm { request, reply } => {
+                let ran = self.vms.run(&self.config, &request.name).await;
+                drop(reply.send(match ran {
+                    Ok(vm) => Ok(self.vm_info(&vm).await),
+                    Err(error) => Err(error),
+                }));
+            }
+            ApiCall::AdoptVm { request, reply } => {
+                let adopted = self
+                    .vms
+                    .adopt(&self.config, &request.name, &request.qmp)
+                    .await;
+                drop(reply.send(match adopted {
+                    Ok(vm) => Ok(self.vm_info(&vm).await),
+                    Err(error) => Err(error),
+                }));
+            }
+            ApiCall::StopVm { name, reply } => drop(reply.send(self.vms.stop(&name).await)),
+            ApiCall::StartMigration { request, reply } => {
+                drop(reply.send(self.start_migration(request).await));
+            }
+            ApiCall::ListMigrations { reply } => drop(reply.send(Ok(self.migrations()))),
+            ApiCall::Migration { id, reply } => drop(reply.send(self.migration(&id))),
+            ApiCall::CancelMigration { id, vm, reply } => {
+                drop(reply.send(self.cancel_migration(&id, vm.as_deref())));
+            }
+            ApiCall::Metrics { reply } => drop(reply.send(Ok(self.metrics()))),
+        }
+    }
+
+    fn status(&self) -> StatusInfo {
+        StatusInfo {
+            agent: self.name().to_owned(),
+            rack: self.config.rack.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            uptime_s: self.started.elapsed().as_secs(),
+            vms: self.vms.len() as u64,
+            peers: self.peer_states(),
+            metered_uplinks: match self.unmetered {
+                None => self.config.uplinks.clone(),
+                Some(_) => Vec::new(),
+            },
+            core: report::core_load(&self.core_state()),
+            lanes: self.lane_totals(),
+            migrations: self.migrations(),
+        }
+    }
+
+    async fn list_vms(&self) -> Vec<VmInfo> {
+        let mut infos = Vec::new();
+        for vm in self.vms.all() {
+            infos.push(self.vm_info(&vm).await);
+        }
+        for gang in self.open_gangs() {
+            infos.extend(gang.arrivals.borrow().values().filter_map(|a| a.info()));
+        }
+        infos
+    }
+
+    async fn vm_info(&self, vm: &Vm) -> VmInfo {
+        let status = match vm.leaving {
+            Some(_) => "migrating".to_owned(),
+            None if !vm.vmm.process.is_alive() => "dead".to_owned(),
+            None => match vm.vmm.qmp.status().await {
+                Ok(state) => format!("{state:?}").to_lowercase(),
+                Err(_) => "unreachable".to_owned(),
+            },
+        };
+        let flight = self.open_gangs().into_iter().find_map(|gang| {
+            let departures = gang.departures.borrow();
+            let flight = departures
+                .values()
+                .find(|d| d.flight.name == vm.definition.name)?;
+            Some(flight.flight.snapshot())
+        });
+        let scanned = flight
+            .as_ref()
+            .map_or(0, |f| f.pages.sent + f.pages.reference + f.pages.unchanged);
+        let rate = flight.map(|f| (f.dirty_pages_per_s * crate::types::PAGE_SIZE as f64) as u64);
+        VmInfo {
+            name: vm.definition.name.clone(),
+            kind: "qemu-direct".to_owned(),
+            status,
+            ram_bytes: vm.definition.ram_bytes,
+            pages_scanned: vm.pages_scanned + scanned,
+            dirty_bytes_per_s: rate.or(vm.dirty_bytes_per_s),
+            pid: vm.vmm.process.pid() as u32,
+            qmp: vm.vmm.qmp.path().to_owned(),
+            domain: vm.definition.domain.clone(),
+        }
+    }
+
+    async fn start_migration(
+        self: &Rc<Self>,
+        request: MigrationRequest,
+    ) -> ApiResult<MigrationStarted> {
+        let hosts = self.roster.names();
+        let plan = Plan::parse(Path::new(&request.plan_file), &request.plan, Some(&hosts))
+            .map_err(|problems| {
+                let remedy = "correct the plan; configs/plans/ has an example";
+                ApiError::new(ErrorKind::Invalid, problems.to_string(), remedy)
+            })?;
+        let spec = self.spec(&plan, &request.options)?;
+        let (id, dry_run) = (spec.id, request.options.dry_run);
+        let rules = SwitchRules {
+            align: request.options.align,
+            at_once: SWITCH_AT_ONCE,
+        };
+        let gang = Gang::new(Rc::new(AgentCaller(self.clone())), spec, rules);
+        if dry_run {
+            let state = gang.dry_run().await;
+            let checks = state
+                .vms
+                .iter()
+                .zip(&state.spec.vms)
+                .map(|(vm, plan)| Check {
+                    vm: Some(plan.name.clone()),
+                    what: format!("{} → {}", plan.from, plan.to),
+                    ok: vm.phase != Phase::Failed,
+                    detail: vm.error.clone().unwrap_or_else(|| "can be moved".into()),
+                })
+                .collect();
+            return Ok(MigrationStarted {
+                gang: plan.gang,
+                id: None,
+                checks,
+            });
+        }
+        {
+            let mut runs = self.runs.borrow_mut();
+            let busy = runs.iter().any(|run| {
+                let state = run.snapshot();
+                !state.ended && state.spec.name == plan.gang
+            });
+            if busy {
+                return Err(ApiError::new(
+                    ErrorKind::Conflict,
+                    format!("gang {} is moving already", plan.gang),
+                    "wait for its end, or cancel it",
+                ));
+            }
+            let keep_from = runs.len().saturating_sub(RUNS_KEPT);
+            runs.drain(..keep_from);
+            runs.push(gang.clone());
+        }
+        tokio::task::spawn_local(async move {
+            gang.run().await;
+        });
+        Ok(MigrationStarted {
+            gang: plan.gang,
+            id: Some(id.to_string()),
+            checks: Vec::new(),
+        })
+    }
+
+    fn spec(&self, plan: &Plan, options: &MigrationOptions) -> ApiResult<GangSpec> {
+        let invalid =
+            |error: String, remedy: &str| ApiError::new(ErrorKind::Invalid, error, remedy);
+        let profile = match &options.profile {
+            Some(name) => name.parse::<ProfileName>().map_err(|e| {
+                invalid(
+                    e.to_string(),
+                    "background, normal, urgent and evacuate are known",
+                )
+            })?,
+            None => self.policy().profile,
+        };
+        let mut id = [0; 8];
+        aws_lc_rs::rand::fill(&mut id).map_err(|_| {
+            ApiError::new(
+                ErrorKind::Failed,
+                "the system gave no random bytes",
+                "try again",
+            )
+        })?;
+        let hosts = plan
+            .hosts()
+            .into_iter()
+            .filter_map(|name| self.roster.member(name))
+            .map(|m| GangHost {
+                name: m.name.clone(),
+                rack: m.rack.clone(),
+            })
+            .collect();
+        Ok(GangSpec {
+            id: GangId(u64::from_le_bytes(id)),
+            name: plan.gang.clone(),
+            coordinator: self.name().to_owned(),
+            hosts,
+            vms: plan
+                .vms
+                .iter()
+                .map(|v| GangVm {
+                    name: v.name.clone(),
+                    from: v.from.clone(),
+                    to: v.to.clone(),
+                })
+                .collect(),
+            profile: profile.as_str().to_owned(),
+            compress: options.compress,
+            verify: options.verify,
+            downtime_limit_ms: options.downtime_limit_ms.unwrap_or(DOWNTIME_LIMIT_MS),
+        })
+    }
+
+    fn migrations(&self) -> Vec<crate::api::types::GangProgress> {
+        self.runs
+            .borrow()
+            .iter()
+            .rev()
+            .map(|run| report::progress(&run.snapshot()))
+            .collect()
+    }
+
+    /// The newest run by that id or gang name.
+    fn find_run(&self, id: &str) -> ApiResult<Rc<Gang<AgentCaller>>> {
+        let runs = self.runs.borrow();
+        let found = runs.iter().rev().find(|run| {
+            let spec = run.snapshot().spec;
+            spec.id.to_string() == id || spec.name == id
+        });
+        found.cloned().ok_or_else(|| {
+            ApiError::new(
+                ErrorKind::NotFound,
+                format!("{} coordinates no gang {id}", self.name()),
+                "ask the agent that the migration was started with; `drover status` lists gangs",
+            )
+        })
+    }
+
+    fn migration(&self, id: &str) -> ApiResult<MigrationInfo> {
+        let state = self.find_run(id)?.snapshot();
+        Ok(MigrationInfo {
+            progress: report::progress(&state),
+            report: state.ended.then(|| report::report(&state)),
+        })
+    }
+
+    fn cancel_migration(&self, id: &str, vm: Option<&str>) -> ApiResult<()> {
+        let run = self.find_run(id)?;
+        let spec = run.snapshot().spec;
+        let index = match vm {
+            None => None,
+            Some(name) => {
+                let at = spec.vms.iter().position(|v| v.name == name);
+                Some(VmIndex(at.ok_or_else(|| not_found(name))? as u16))
+            }
+        };
+        run.cancel(index);
+        Ok(())
+    }
+}

@@ -1,0 +1,225 @@
+//! The VMs in this agent's charge: started, adopted, found again, arrived.
+
+use crate::api::{ApiError, ErrorKind};
+use crate::config::AgentConfig;
+use crate::gang::handover::chain;
+use crate::gang::journal::Journal;
+use crate::types::GangId;
+use crate::vmm::definition::{Definition, VmPaths};
+use crate::vmm::launch::{Launched, Role, Vmm, remove_files};
+use crate::vmm::qmp::RunState;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// One VM.
+#[derive(Debug, Clone)]
+pub(super) struct Vm {
+    pub(super) definition: Definition,
+    /// Its files, if an agent made them; `None` for one that was adopted.
+    pub(super) files: Option<VmPaths>,
+    pub(super) vmm: Vmm,
+    /// The gang that is moving it away.
+    pub(super) leaving: Option<GangId>,
+    /// Pages fingerprinted in this agent's time.
+    pub(super) pages_scanned: u64,
+    /// As the last migration measured it.
+    pub(super) dirty_bytes_per_s: Option<u64>,
+}
+
+/// See the module. VMs by name.
+#[derive(Debug, Default)]
+pub(super) struct Registry(RefCell<BTreeMap<String, Vm>>);
+
+impl Registry {
+    pub(super) fn get(&self, name: &str) -> Option<Vm> {
+        self.0.borrow().get(name).cloned()
+    }
+
+    pub(super) fn all(&self) -> Vec<Vm> {
+        self.0.borrow().values().cloned().collect()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.0.borrow().len()
+    }
+
+    pub(super) fn insert(&self, vm: Vm) {
+        self.0.borrow_mut().insert(vm.definition.name.clone(), vm);
+    }
+
+    pub(super) fn remove(&self, name: &str) -> Option<Vm> {
+        self.0.borrow_mut().remove(name)
+    }
+
+    pub(super) fn update(&self, name: &str, f: impl FnOnce(&mut Vm)) {
+        if let Some(vm) = self.0.borrow_mut().get_mut(name) {
+            f(vm);
+        }
+    }
+
+    /// Starts a VM from the definition `NAME.toml` of this host.
+    pub(super) async fn run(&self, config: &AgentConfig, name: &str) -> Result<Vm, ApiError> {
+        let definition = self.definition(config, name)?;
+        self.refuse_twice(&definition.name)?;
+        let files = VmPaths::new(&config.run_dir, &config.ram_dir, &definition.name);
+        let launched = Launched::start(&definition, &files, &config.placeholders, Role::Run)
+            .await
+            .map_err(|e| {
+                ApiError::new(
+                    ErrorKind::Failed,
+                    chain(&e),
+                    "correct the VM's definition or the host, then run it again",
+                )
+            })?;
+        let vm = Vm::new(definition, Some(files), launched.keep());
+        self.insert(vm.clone());
+        Ok(vm)
+    }
+
+    /// Takes charge of a VM that somebody else started.
+    pub(super) async fn adopt(
+        &self,
+        config: &AgentConfig,
+        name: &str,
+        qmp: &Path,
+    ) -> Result<Vm, ApiError> {
+        let definition = self.definition(config, name)?;
+        self.refuse_twice(&definition.name)?;
+        let vmm = Vmm::adopt(&definition.name, qmp, None).await.map_err(|e| {
+            ApiError::new(
+                ErrorKind::Failed,
+                chain(&e),
+                "give the QMP socket of a running QEMU that no other client holds",
+            )
+        })?;
+        let vm = Vm::new(definition, None, vmm);
+        self.insert(vm.clone());
+        Ok(vm)
+    }
+
+    fn definition(&self, config: &AgentConfig, name: &str) -> Result<Definition, ApiError> {
+        let file = config.vm_definitions.join(format!("{name}.toml"));
+        let definition = Definition::load(&file).map_err(|e| {
+            ApiError::new(
+                ErrorKind::Invalid,
+                chain(&e),
+                "see configs/vms/ for an example",
+            )
+        })?;
+        if definition.name != name {
+            return Err(ApiError::new(
+                ErrorKind::Invalid,
+                format!(
+                    "{} defines VM {}, not {name}",
+                    file.display(),
+                    definition.name
+                ),
+                "give file and VM the same name",
+            ));
+        }
+        Ok(definition)
+    }
+
+    fn refuse_twice(&self, name: &str) -> Result<(), ApiError> {
+        match self.get(name) {
+            Some(vm) if vm.vmm.process.is_alive() => Err(ApiError::new(
+                ErrorKind::Conflict,
+                format!(
+                    "VM {name} runs here already (process {})",
+                    vm.vmm.process.pid()
+                ),
+                "stop it first, or choose another name",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Ends a VM and removes the files an agent made for it.
+    pub(super) async fn stop(&self, name: &str) -> Result<(), ApiError> {
+        let Some(vm) = self.get(name) else {
+            return Err(not_found(name));
+        };
+        if let Some(gang) = vm.leaving {
+            return Err(ApiError::new(
+                ErrorKind::Conflict,
+                format!("VM {name} is being moved by gang {gang}"),
+                "cancel the migration first",
+            ));
+        }
+        vm.vmm
+            .end()
+            .await
+            .map_err(|e| ApiError::new(ErrorKind::Failed, chain(&e), "end its process by hand"))?;
+        if let Some(files) = &vm.files {
+            remove_files(files);
+        }
+        self.remove(name);
+        Ok(())
+    }
+
+    /// Finds the VMs that an earlier run of the agent left running: VMMs are
+    /// not its children. Directories without a live VMM are left alone and
+    /// named in the log.
+    ///
+    /// A VMM that still waits for device state is the half-made target of a
+    /// move that died with the agent. It is ended: its source commits only
+    /// after all state has arrived, so the VM is the source's.
+    pub(super) async fn find_again(&self, config: &AgentConfig, journal: &Journal) {
+        let Ok(entries) = std::fs::read_dir(&config.run_dir) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let files = VmPaths::new(&config.run_dir, &config.ram_dir, &name);
+            let Ok(definition) = Definition::load(&files.definition()) else {
+                continue;
+            };
+            match Vmm::adopt(&name, &files.qmp(), None).await {
+                Ok(vmm) if matches!(vmm.qmp.status().await, Ok(RunState::Inmigrate)) => {
+                    match vmm.end().await {
+                        Ok(()) => {
+                            remove_files(&files);
+                            if let Err(error) = journal.forget(&name) {
+                                tracing::warn!(%error, "journal entry stays");
+                            }
+                            tracing::warn!(vm = %name, "half-made VM of an earlier run removed");
+                        }
+                        Err(error) => tracing::error!(vm = %name, error = %chain(&error),
+                            "half-made VM of an earlier run cannot be ended; end its process"),
+                    }
+                }
+                Ok(vmm) => {
+                    tracing::info!(vm = %name, pid = vmm.process.pid(), "VM found again");
+                    self.insert(Vm::new(definition, Some(files), vmm));
+                }
+                Err(error) => {
+                    tracing::warn!(vm = %name, dir = %files.dir.display(), error = %chain(&error),
+                        "a VM was here and its VMM does not answer; remove its directory and \
+                         RAM file if it has ended");
+                }
+            }
+        }
+    }
+}
+
+impl Vm {
+    pub(super) fn new(definition: Definition, files: Option<VmPaths>, vmm: Vmm) -> Self {
+        Vm {
+            definition,
+            files,
+            vmm,
+            leaving: None,
+            pages_scanned: 0,
+            dirty_bytes_per_s: None,
+        }
+    }
+}
+
+pub(super) fn not_found(name: &str) -> ApiError {
+    ApiError::new(
+        ErrorKind::NotFound,
+        format!("there is no VM {name} on this host"),
+        "`drover vm list` shows those that are",
+    )
+}

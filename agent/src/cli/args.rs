@@ -1,0 +1,245 @@
+//! Commands and options.
+
+use crate::api::types::{Compress, Verify};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Moves gangs of running VMs between racks, live.
+#[derive(Debug, Parser)]
+#[command(name = "drover", version, max_term_width = 80, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// Socket of the agent to talk to.
+    #[arg(
+        long,
+        global = true,
+        env = "DROVER_SOCKET",
+        hide_env_values = true,
+        default_value = "/run/drover/agent.sock",
+        value_name = "PATH"
+    )]
+    pub socket: PathBuf,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+    0  done; of a migration: every VM arrived
+    1  not done, or some VM did not arrive
+    2  the command line, a configuration or a plan is wrong
+    3  no agent answers
+  130  interrupted, and so cancelled";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the agent of this host.
+    Agent {
+        /// The agent's configuration.
+        #[arg(long, value_name = "FILE", default_value = "/etc/drover/agent.toml")]
+        config: PathBuf,
+    },
+    /// Start, adopt, list and stop VMs of this host.
+    Vm {
+        /// What to do.
+        #[command(subcommand)]
+        command: VmCommand,
+    },
+    /// Move the VMs of a plan; waits until they have arrived.
+    Migrate(Migrate),
+    /// Show the agent, its peers and its migrations.
+    Status {
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Cancel a migration: VMs that have not switched stay where they are.
+    Cancel {
+        /// The gang's name, or the id of the run.
+        gang: String,
+        /// Cancel only this VM.
+        #[arg(long, value_name = "NAME")]
+        vm: Option<String>,
+    },
+    /// Check configurations.
+    Config {
+        /// What to do.
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+    /// Check pacing policies.
+    Policy {
+        /// What to do.
+        #[command(subcommand)]
+        command: PolicyCommand,
+    },
+    /// Make the cluster secret.
+    Secret {
+        /// What to do.
+        #[command(subcommand)]
+        command: SecretCommand,
+    },
+    /// Measure parts of Drover on this machine.
+    Bench {
+        /// What to measure.
+        #[command(subcommand)]
+        command: BenchCommand,
+    },
+}
+
+/// `drover vm`
+#[derive(Debug, Subcommand)]
+pub enum VmCommand {
+    /// Start a VM from its definition.
+    Run {
+        /// Name of the definition.
+        name: String,
+    },
+    /// Take charge of a running VM.
+    Adopt {
+        /// Name of the definition it was started from.
+        name: String,
+        /// Its QMP socket.
+        #[arg(long, value_name = "PATH")]
+        qmp: PathBuf,
+    },
+    /// List the VMs in the agent's charge.
+    List {
+        /// Print a JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Stop a VM: its VMM ends, its memory is given back.
+    Stop {
+        /// Name of the VM.
+        name: String,
+    },
+}
+
+/// `drover migrate`
+#[derive(Debug, Args)]
+pub struct Migrate {
+    /// The plan.
+    #[arg(value_name = "PLAN.TOML")]
+    pub plan: PathBuf,
+    /// Pacing profile of the policy: background, normal, urgent or evacuate.
+    #[arg(long, value_name = "NAME")]
+    pub profile: Option<String>,
+    /// Print one JSON object at the end, nothing else on standard output.
+    #[arg(long)]
+    pub json: bool,
+    /// Check everything, move nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Longest stop of a guest to aim for [default: 300].
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    pub downtime_limit: Option<u64>,
+    /// How each VM is verified at the switch.
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = VerifyArg::Digest)]
+    pub verify: VerifyArg,
+    /// Switch all VMs of the gang at the same time.
+    #[arg(long)]
+    pub align: bool,
+    /// When to compress page content.
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t = CompressArg::Auto)]
+    pub compress: CompressArg,
+}
+
+/// `--verify`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum VerifyArg {
+    /// Compare digests of both sides' page fingerprints.
+    Digest,
+    /// Fingerprint all of guest RAM again on both sides first.
+    Full,
+}
+
+impl From<VerifyArg> for Verify {
+    fn from(arg: VerifyArg) -> Self {
+        match arg {
+            VerifyArg::Digest => Verify::Digest,
+            VerifyArg::Full => Verify::Full,
+        }
+    }
+}
+
+/// `--compress`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CompressArg {
+    /// Send content as it is.
+    Never,
+    /// When the core link is the limit, not the CPU.
+    Auto,
+    /// Whatever it costs.
+    Always,
+}
+
+impl From<CompressArg> for Compress {
+    fn from(arg: CompressArg) -> Self {
+        match arg {
+            CompressArg::Never => Compress::Never,
+            CompressArg::Auto => Compress::Auto,
+            CompressArg::Always => Compress::Always,
+        }
+    }
+}
+
+/// `drover config`
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Check an agent's configuration; reports every problem.
+    Check {
+        /// The configuration.
+        #[arg(default_value = "/etc/drover/agent.toml")]
+        file: PathBuf,
+        /// Check the file alone, not the paths and interfaces of this host.
+        #[arg(long)]
+        file_only: bool,
+    },
+}
+
+/// `drover policy`
+#[derive(Debug, Subcommand)]
+pub enum PolicyCommand {
+    /// Check a pacing policy; reports every problem.
+    Check {
+        /// The policy.
+        file: PathBuf,
+    },
+}
+
+/// `drover secret`
+#[derive(Debug, Subcommand)]
+pub enum SecretCommand {
+    /// Make a new cluster secret, readable for its owner only.
+    Init {
+        /// The file to make; must not exist.
+        #[arg(default_value = "/etc/drover/secret")]
+        file: PathBuf,
+    },
+}
+
+/// `drover bench`
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Fingerprinting of pages, one core.
+    Fingerprint {
+        /// Also write the rows to this file.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+    /// One claim shard, one core.
+    Claims {
+        /// Also write the rows to this file.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+    /// One lane over loopback.
+    Lane {
+        /// Also write the rows to this file.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+}

@@ -1,0 +1,247 @@
+//! `drover migrate` and `drover cancel`.
+
+use super::args::Migrate;
+use super::render;
+use super::vms::print_json;
+use super::{CliError, ExitCode};
+use crate::api::types::*;
+use crate::api::{ApiClient, ClientError};
+use crate::gang::plan::Plan;
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::io::IsTerminal;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::MissedTickBehavior;
+
+/// How often the agent is asked.
+const POLL: Duration = Duration::from_millis(250);
+/// How often a plain line is written where there is no terminal.
+const PLAIN: Duration = Duration::from_secs(5);
+/// How long an agent may not answer while a migration runs.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// `drover migrate`
+pub(super) async fn run(socket: &Path, args: Migrate) -> Result<ExitCode, CliError> {
+    let text = std::fs::read_to_string(&args.plan).map_err(|e| {
+        CliError::usage(
+            format!("cannot read {}: {e}", args.plan.display()),
+            "name an existing plan; configs/plans has an example",
+        )
+    })?;
+    // Mistakes that need no agent to be seen.
+    Plan::parse(&args.plan, &text, None)?;
+    let request = MigrationRequest {
+        plan_file: args.plan.display().to_string(),
+        plan: text,
+        options: MigrationOptions {
+            profile: args.profile,
+            dry_run: args.dry_run,
+            downtime_limit_ms: args.downtime_limit,
+            verify: args.verify.into(),
+            align: args.align,
+            compress: args.compress.into(),
+        },
+    };
+    let client = ApiClient::new(socket);
+    // From here on Ctrl-C no longer simply ends the command.
+    let mut interrupts = signal(SignalKind::interrupt())
+        .map_err(|e| CliError::failed(format!("cannot wait for Ctrl-C: {e}"), ""))?;
+    let started = tokio::select! {
+        started = client.migrate(&request) => started?,
+        _ = interrupts.recv() => return Err(CliError {
+            error: "left before the agent answered".to_owned(),
+            remedy: "it may have started the migration: see `drover status`".to_owned(),
+            code: ExitCode::Interrupted,
+        }),
+    };
+    let Some(id) = started.id.clone() else {
+        return dry_run(&started, args.json);
+    };
+    let report = follow(&client, &mut interrupts, &id, &started.gang).await?;
+    if args.json {
+        print_json(&report)?;
+    } else {
+        print!("{}", render::report(&report));
+    }
+    Ok(exit_code(report.outcome))
+}
+
+fn exit_code(outcome: Outcome) -> ExitCode {
+    match outcome {
+        Outcome::Arrived => ExitCode::Ok,
+        Outcome::Cancelled => ExitCode::Interrupted,
+        Outcome::Partial | Outcome::Failed => ExitCode::Failed,
+    }
+}
+
+fn dry_run(started: &MigrationStarted, json: bool) -> Result<ExitCode, CliError> {
+    if json {
+        print_json(started)?;
+    } else {
+        print!("{}", render::checks(started));
+    }
+    match started.checks.iter().all(|check| check.ok) {
+        true => Ok(ExitCode::Ok),
+        false => Ok(ExitCode::Failed),
+    }
+}
+
+/// `drover cancel`
+pub(super) async fn cancel(
+    socket: &Path,
+    gang: &str,
+    vm: Option<&str>,
+) -> Result<ExitCode, CliError> {
+    ApiClient::new(socket).cancel(gang, vm).await?;
+    match vm {
+        Some(vm) => println!("{vm} of {gang} is being cancelled"),
+        None => println!("{gang} is being cancelled"),
+    }
+    Ok(ExitCode::Ok)
+}
+
+/// Shows the progress of a migration until it is over. The first Ctrl-C asks
+/// the agent to cancel, the second leaves the agent to it.
+async fn follow(
+    client: &ApiClient,
+    interrupts: &mut Signal,
+    id: &str,
+    gang: &str,
+) -> Result<GangReport, CliError> {
+    let mut display = Display::new();
+    let mut answered = Instant::now();
+    let mut cancelled = false;
+    let mut poll = tokio::time::interval(POLL);
+    poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let asked = async {
+            poll.tick().await;
+            client.migration(id).await
+        };
+        let answer = tokio::select! {
+            answer = asked => answer,
+            _ = interrupts.recv() => {
+                if cancelled {
+                    display.clear();
+                    return Err(CliError {
+                        error: format!("left while {gang} is being cancelled"),
+                        remedy: "the agent goes on with it: see `drover status`".to_owned(),
+                        code: ExitCode::Interrupted,
+                    });
+                }
+                cancelled = true;
+                display.note("cancelling; press Ctrl-C again to leave the agent to it");
+                if let Err(error) = client.cancel(id, None).await {
+                    display.note(&format!("cannot cancel: {error}"));
+                }
+                continue;
+            }
+        };
+        match answer {
+            Ok(info) => {
+                answered = Instant::now();
+                display.update(&info.progress);
+                if let Some(report) = info.report {
+                    display.clear();
+                    return Ok(report);
+                }
+            }
+            Err(error) if keep_trying(&error) && answered.elapsed() < PATIENCE => {}
+            Err(error) => {
+                display.clear();
+                let mut error = CliError::from(error);
+                error.error = format!("lost sight of {gang} (run {id}): {}", error.error);
+                return Err(error);
+            }
+        }
+    }
+}
+
+/// A busy agent may be slow to answer; a migration goes on meanwhile.
+fn keep_trying(error: &ClientError) -> bool {
+    match error {
+        ClientError::Refused { status, .. } => matches!(status, 503 | 504),
+        other => other.is_unreachable(),
+    }
+}
+
+/// Progress on standard error: lines that change in place on a terminal, plain
+/// lines now and then elsewhere.
+enum Display {
+    Terminal {
+        all: MultiProgress,
+        lines: Vec<ProgressBar>,
+    },
+    Plain {
+        last: Option<Instant>,
+        phases: Vec<VmPhase>,
+    },
+}
+
+impl Display {
+    fn new() -> Self {
+        if std::io::stderr().is_terminal() {
+            Display::Terminal {
+                all: MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(8)),
+                lines: Vec::new(),
+            }
+        } else {
+            Display::Plain {
+                last: None,
+                phases: Vec::new(),
+            }
+        }
+    }
+
+    fn update(&mut self, progress: &GangProgress) {
+        match self {
+            Display::Terminal { all, lines } => {
+                let mut texts = vec![render::progress_head()];
+                texts.extend(progress.vms.iter().map(render::vm_line));
+                texts.push(render::core_line(&progress.core));
+                while lines.len() < texts.len() {
+                    let line = all.add(ProgressBar::new_spinner());
+                    line.set_style(
+                        ProgressStyle::with_template("{msg}")
+                            .unwrap_or_else(|_| ProgressStyle::default_spinner()),
+                    );
+                    lines.push(line);
+                }
+                for (line, text) in lines.iter().zip(texts) {
+                    line.set_message(text);
+                }
+            }
+            Display::Plain { last, phases } => {
+                if last.is_none_or(|at| at.elapsed() >= PLAIN) {
+                    *last = Some(Instant::now());
+                    eprintln!("{}", render::gang_line(progress));
+                }
+                phases.resize(progress.vms.len(), VmPhase::Waiting);
+                for (seen, vm) in phases.iter_mut().zip(&progress.vms) {
+                    if *seen != vm.phase {
+                        *seen = vm.phase;
+                        eprintln!("{}", render::vm_line(vm));
+                    }
+                }
+            }
+        }
+    }
+
+    fn note(&self, text: &str) {
+        match self {
+            // Fails only if standard error is gone, and then nobody reads it.
+            Display::Terminal { all, .. } => drop(all.println(text)),
+            Display::Plain { .. } => eprintln!("{text}"),
+        }
+    }
+
+    fn clear(&self) {
+        if let Display::Terminal { all, lines } = self {
+            for line in lines {
+                line.finish();
+            }
+            drop(all.clear());
+        }
+    }
+}

@@ -1,0 +1,296 @@
+//! Keyed 128-bit names for page content.
+//!
+//! The fingerprint of a page is its AES-GMAC tag: AES-128-GCM with an empty
+//! plaintext, the page as associated data, and **one fixed nonce**. For
+//! authentication a repeated nonce is fatal, because whoever sees two tags under
+//! it can solve for the hash key. Here the construction serves another purpose.
+//! With key and nonce fixed the tag is `GHASH_H(page) ⊕ constant`, and GHASH under
+//! a secret `H` is an almost-universal hash: two different pages, chosen without
+//! knowledge of `H`, collide with probability at most 257/2^128 < 2^-119 (257
+//! blocks, the degree of the difference polynomial). That needs exactly one thing:
+//! the outputs stay secret. So fingerprints are never logged (their `Debug` tells
+//! nothing), never stored on disk, and cross the network only inside TLS, to
+//! agents that hold the same cluster secret anyway. A guest never sees one, and
+//! what it could learn from timing (that some page of its own domain equals one
+//! it wrote) does not reveal tag bits.
+//!
+//! Keys are derived per *dedup domain*, so pages of different domains can match
+//! only by the chance above. The one exception is the zero page: it is
+//! [`Fingerprint::ZERO`] in every domain and is recognised without the key.
+
+use crate::types::{Fingerprint, PAGE_SIZE, Page};
+use aws_lc_rs::{
+    aead::{AES_128_GCM, Aad, LessSafeKey, Nonce, UnboundKey},
+    hkdf::{HKDF_SHA256, Salt},
+};
+use std::path::{Path, PathBuf};
+use zeroize::Zeroizing;
+
+/// Marks a page of which the target has nothing certain: never sent, or sent and
+/// lost. No page has this fingerprint.
+pub const UNSENT: Fingerprint = Fingerprint([0xff; 16]);
+
+/// Fingerprints digested as one block.
+pub(super) const DIGEST_BLOCK: usize = 4096;
+
+const NONCE_PAGE: [u8; 12] = *b"drover page1";
+const NONCE_BLOCK: [u8; 12] = *b"drover blck1";
+const NONCE_ROOT: [u8; 12] = *b"drover root1";
+
+/// Why a cluster secret cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SecretError {
+    /// The file cannot be read.
+    #[error(
+        "cannot read the cluster secret {path}: {source}; create it with \
+         `head -c 32 /dev/urandom > {path}` on one host and copy it to all"
+    )]
+    Read {
+        /// The file named in the configuration.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Fewer bytes than [`ClusterSecret::MIN_BYTES`].
+    #[error("the cluster secret has {found} bytes; at least {min} random ones are needed", min = ClusterSecret::MIN_BYTES)]
+    TooShort {
+        /// Bytes found, trailing line ends not counted.
+        found: usize,
+    },
+}
+
+/// The secret all agents of a cluster share. Wiped from memory when dropped and
+/// never printed.
+pub struct ClusterSecret(Zeroizing<Vec<u8>>);
+
+impl ClusterSecret {
+    /// Fewest bytes accepted.
+    pub const MIN_BYTES: usize = 32;
+
+    /// Takes the content of a secret file. Line ends at its end are dropped, so
+    /// that a secret copied through an editor stays the same.
+    pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, SecretError> {
+        let mut bytes = Zeroizing::new(bytes);
+        while matches!(bytes.last(), Some(b'\n' | b'\r')) {
+            bytes.pop();
+        }
+        if bytes.len() < Self::MIN_BYTES {
+            return Err(SecretError::TooShort { found: bytes.len() });
+        }
+        Ok(Self(bytes))
+    }
+
+    /// Reads the secret from a file.
+    pub fn from_file(path: &Path) -> Result<Self, SecretError> {
+        let bytes = std::fs::read(path).map_err(|source| SecretError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::from_bytes(bytes)
+    }
+}
+
+impl std::fmt::Debug for ClusterSecret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ClusterSecret(..)")
+    }
+}
+
+/// The fingerprint key of one dedup domain. Cheap to use from several threads at
+/// once; the key schedule is wiped when dropped.
+pub struct FingerprintKey {
+    pages: LessSafeKey,
+    digests: LessSafeKey,
+}
+
+impl std::fmt::Debug for FingerprintKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("FingerprintKey(..)")
+    }
+}
+
+impl FingerprintKey {
+    /// Derives the key of `domain`. The same secret and domain give the same key
+    /// on every host; different domains give independent keys.
+    pub fn derive(secret: &ClusterSecret, domain: &str) -> Self {
+        let prk = Salt::new(HKDF_SHA256, b"drover dedup v1").extract(&secret.0);
+        let key = |purpose: &[u8]| {
+            // The purposes have one length, so purpose and domain cannot run
+            // into each other.
+            let info = [purpose, domain.as_bytes()];
+            let okm = prk
+                .expand(&info, &AES_128_GCM)
+                .expect("16 bytes are less than HKDF's limit");
+            LessSafeKey::new(UnboundKey::from(okm))
+        };
+        Self {
+            pages: key(b"page  "),
+            digests: key(b"digest"),
+        }
+    }
+
+    /// The fingerprint of a page: [`Fingerprint::ZERO`] exactly if all its bytes
+    /// are zero.
+    pub fn fingerprint(&self, page: &Page) -> Fingerprint {
+        if is_zero_page(page) {
+            return Fingerprint::ZERO;
+        }
+        keep_clear(gmac(&self.pages, NONCE_PAGE, page))
+    }
+
+    /// Digest of a list of fingerprints, to compare what a source sent with what its
+    /// target placed. Equal lists give equal digests; different ones differ but for
+    /// a chance below 2^-100. Whole arrays digest themselves, and keep what did not
+    /// change: [`super::table::FingerprintArray::digest`].
+    pub fn digest(&self, fps: &[Fingerprint]) -> [u8; 16] {
+        let mut tags = Vec::new();
+        for block in fps.chunks(DIGEST_BLOCK) {
+            let bytes: Vec<u8> = block.iter().flat_map(|fp| fp.0).collect();
+            tags.push(self.block_tag(&bytes));
+        }
+        self.root_tag(tags.into_iter(), fps.len() as u64)
+    }
+
+    /// Tag of one block of [`DIGEST_BLOCK`] fingerprints (the last may be shorter).
+    pub(super) fn block_tag(&self, fps: &[u8]) -> [u8; 16] {
+        gmac(&self.digests, NONCE_BLOCK, fps).0
+    }
+
+    /// Digest of the tags of all blocks and the count of fingerprints.
+    pub(super) fn root_tag(&self, tags: impl Iterator<Item = [u8; 16]>, count: u64) -> [u8; 16] {
+        let mut bytes: Vec<u8> = tags.flatten().collect();
+        bytes.extend_from_slice(&count.to_le_bytes());
+        gmac(&self.digests, NONCE_ROOT, &bytes).0
+    }
+}
+
+fn gmac(key: &LessSafeKey, nonce: [u8; 12], data: &[u8]) -> Fingerprint {
+    let nonce = Nonce::assume_unique_for_key(nonce);
+    let tag = key
+        .seal_in_place_separate_tag(nonce, Aad::from(data), &mut [])
+        .expect("AES-GCM of an empty plaintext has no way to fail");
+    let mut fp = [0; 16];
+    fp.copy_from_slice(tag.as_ref());
+    Fingerprint(fp)
+}
+
+/// Moves the two bit patterns that mean something else out of the way. The chance
+/// that this makes two pages equal is that of any other collision.
+fn keep_clear(fp: Fingerprint) -> Fingerprint {
+    let mut out = fp;
+    if fp == Fingerprint::ZERO || fp == UNSENT {
+        out.0[0] ^= 0x55;
+    }
+    out
+}
+
+/// Whether every byte of the page is zero. Looks at 256 bytes at a time, so pages
+/// with content cost next to nothing and zero pages run at memory speed.
+pub fn is_zero_page(page: &Page) -> bool {
+    const STEP: usize = 256;
+    const { assert!(PAGE_SIZE.is_multiple_of(STEP)) }
+    let (steps, _) = page.as_chunks::<STEP>();
+    // A fold over a fixed-size chunk has no early exit inside, which is what
+    // lets the compiler turn it into wide ORs.
+    steps
+        .iter()
+        .all(|step| step.iter().fold(0, |acc, byte| acc | byte) == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn secret() -> ClusterSecret {
+        ClusterSecret::from_bytes((0..32).collect()).expect("long enough")
+    }
+
+    fn page(seed: u64) -> Page {
+        let mut page = [0; PAGE_SIZE];
+        page[..8].copy_from_slice(&seed.to_le_bytes());
+        page[4088..].copy_from_slice(&seed.to_be_bytes());
+        page
+    }
+
+    #[test]
+    fn only_the_zero_page_has_the_zero_fingerprint() {
+        let key = FingerprintKey::derive(&secret(), "a");
+        assert_eq!(key.fingerprint(&[0; PAGE_SIZE]), Fingerprint::ZERO);
+        for at in [0, 1, 255, 256, 2047, 4095] {
+            let mut page = [0; PAGE_SIZE];
+            page[at] = 1;
+            assert!(!is_zero_page(&page));
+            assert_ne!(key.fingerprint(&page), Fingerprint::ZERO, "byte {at}");
+        }
+        assert_ne!(keep_clear(Fingerprint::ZERO), Fingerprint::ZERO);
+        assert_ne!(keep_clear(UNSENT), UNSENT);
+    }
+
+    #[test]
+    fn domains_and_secrets_separate_fingerprints() {
+        let other = ClusterSecret::from_bytes(vec![9; 40]).expect("long enough");
+        let prints: Vec<_> = [
+            FingerprintKey::derive(&secret(), "a"),
+            FingerprintKey::derive(&secret(), "b"),
+            FingerprintKey::derive(&other, "a"),
+        ]
+        .iter()
+        .map(|key| key.fingerprint(&page(7)))
+        .collect();
+        assert!(prints[0] != prints[1] && prints[0] != prints[2] && prints[1] != prints[2]);
+        let again = FingerprintKey::derive(&secret(), "a");
+        assert_eq!(prints[0], again.fingerprint(&page(7)));
+    }
+
+    #[test]
+    fn a_fingerprint_is_the_gmac_of_the_page() {
+        // Pins the definition, since agents of different builds must agree. The
+        // value was computed with HMAC-SHA256 and `openssl mac ... GMAC`.
+        let key = FingerprintKey::derive(&secret(), "pinned");
+        let fp = key.fingerprint(&page(1));
+        let pinned = 0x1df4_966e_84ac_e494_c0f5_4573_cd96_2012_u128;
+        assert_eq!(fp.0, pinned.to_be_bytes());
+    }
+
+    #[test]
+    fn short_secrets_are_refused_and_line_ends_do_not_count() {
+        let mut bytes = vec![7; 31];
+        bytes.extend(b"\r\n");
+        let err = ClusterSecret::from_bytes(bytes.clone()).expect_err("31 bytes");
+        assert!(err.to_string().contains("31 bytes"), "{err}");
+        bytes[31] = 7;
+        ClusterSecret::from_bytes(bytes).expect("32 bytes");
+        assert_eq!(format!("{:?}", secret()), "ClusterSecret(..)");
+    }
+
+    #[test]
+    fn digests_see_order_place_length_and_value() {
+        let key = FingerprintKey::derive(&secret(), "a");
+        let fps: Vec<_> = (0..10_000u64)
+            .map(|i| key.fingerprint(&page(i + 1)))
+            .collect();
+        let whole = key.digest(&fps);
+        assert_eq!(whole, key.digest(&fps.clone()));
+        for (a, b) in [(0, 1), (1, 4097), (4095, 4096), (8192, 9999)] {
+            let mut other = fps.clone();
+            other.swap(a, b);
+            assert_ne!(whole, key.digest(&other));
+        }
+        assert_ne!(whole, key.digest(&fps[..9_999]));
+        let mut longer = fps.clone();
+        longer.push(Fingerprint::ZERO);
+        assert_ne!(whole, key.digest(&longer));
+        assert_ne!(key.digest(&[]), key.digest(&[Fingerprint::ZERO]));
+    }
+
+    proptest! {
+        #[test]
+        fn zero_check_agrees_with_the_plain_definition(at in 0..PAGE_SIZE, value: u8) {
+            let mut page = [0; PAGE_SIZE];
+            page[at] = value;
+            prop_assert_eq!(is_zero_page(&page), page.iter().all(|b| *b == 0));
+        }
+    }
+}

@@ -1,0 +1,332 @@
+//! The target host's pipeline: what the lanes bring goes into guest RAM.
+//!
+//! Lane threads call [`LaneSink::batch`]; contents and zero runs are placed at
+//! once, references that this host cannot settle itself are fetched from their
+//! holder inside the rack, and what cannot be fetched in time is asked of the
+//! source in full. A batch counts as placed when every entry is placed or
+//! registered: from then on it is this side's business to get the page.
+
+use super::message::GangSpec;
+use crate::dedup::fingerprint::FingerprintKey;
+use crate::dedup::resolve::{
+    AddVmError, ArriveError, Fetched, Need, NotFetched, PageMemory, RefArrival, TargetConfig,
+    TargetStore,
+};
+use crate::dedup::target_vm::TargetVm;
+use crate::lane::frame::MAX_NEEDS;
+use crate::lane::{BatchSink, DecodedBatch, LaneReceiver, Placement, ReceiverStats, SinkError};
+use crate::net::rack::{self, FetchClient, Wanted};
+use crate::types::{Fingerprint, GangId, Gfn, HolderId, Page, VmIndex};
+use crate::vmm::ram::GuestRam;
+use ahash::AHashMap;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long a lane gets to end in order when a gang is closed.
+const CLOSE_LIMIT: Duration = Duration::from_millis(500);
+
+/// One gang's arrivals on this host.
+pub struct TargetGang {
+    /// The gang.
+    pub spec: GangSpec,
+    /// Content and pages.
+    pub store: Arc<TargetStore>,
+    fetch: FetchClient,
+    /// How long a holder has to deliver content.
+    fetch_limit: Duration,
+    /// Called when content has arrived that others may be waiting for.
+    wake: Box<dyn Fn() + Send + Sync>,
+    lanes: Mutex<AHashMap<String, Vec<LaneReceiver>>>,
+    awaited: Mutex<Vec<(Instant, Fingerprint)>>,
+    failures: Mutex<AHashMap<VmIndex, Arc<OnceLock<String>>>>,
+}
+
+/// A target VM's memory as `dedup` sees it. Placing pages can fail (tmpfs is
+/// full): then the VM must not run here, whatever the fingerprints say.
+struct Memory {
+    ram: Arc<GuestRam>,
+    failed: Arc<OnceLock<String>>,
+}
+
+impl Memory {
+    fn failed(&self, gfn: Gfn, doing: &str, error: &std::io::Error) {
+        let path = self.ram.path().display();
+        let why = format!("{doing} {gfn} of {path} failed: {error}; is the memory used up?");
+        if self.failed.set(why.clone()).is_ok() {
+            tracing::error!(%why, "VM cannot be received");
+        }
+    }
+}
+
+impl PageMemory for Memory {
+    fn write(&self, gfn: Gfn, page: &Page) {
+        if let Err(error) = self.ram.write_page(gfn, page) {
+            self.failed(gfn, "writing", &error);
+        }
+    }
+    fn read(&self, gfn: Gfn, page: &mut Page) {
+        if let Err(error) = self.ram.read_page(gfn, page) {
+            // Whoever asked finds the wrong fingerprint.
+            page.fill(0xff);
+            self.failed(gfn, "reading", &error);
+        }
+    }
+    fn zero(&self, gfn: Gfn, count: u32) {
+        if let Err(error) = self.ram.zero_run(gfn..Gfn(gfn.0 + count)) {
+            self.failed(gfn, "zeroing", &error);
+        }
+    }
+}
+
+impl TargetGang {
+    /// An empty store for the VMs that `me` takes in.
+    pub fn new(
+        spec: GangSpec,
+        me: HolderId,
+        config: TargetConfig,
+        fetch: FetchClient,
+        fetch_limit: Duration,
+        wake: Box<dyn Fn() + Send + Sync>,
+    ) -> Arc<Self> {
+        Arc::new(TargetGang {
+            spec,
+            // Whoever waits for content here is woken after every batch.
+            store: Arc::new(TargetStore::new(me, config, Box::new(|_, _| {}))),
+            fetch,
+            fetch_limit,
+            wake,
+            lanes: Mutex::default(),
+            awaited: Mutex::default(),
+            failures: Mutex::default(),
+        })
+    }
+
+    /// Takes in a VM whose RAM file is fresh: all holes.
+    pub fn add_vm(
+        &self,
+        vm: VmIndex,
+        ram: Arc<GuestRam>,
+        key: Arc<FingerprintKey>,
+    ) -> Result<Arc<TargetVm>, AddVmError> {
+        let pages = ram.pages();
+        let failed = Arc::new(OnceLock::new());
+        let memory = Memory {
+            ram,
+            failed: failed.clone(),
+        };
+        let added = self.store.add_vm(vm, pages, Box::new(memory), key)?;
+        self.failures
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(vm, failed);
+        Ok(added)
+    }
+
+    /// Why a VM's memory could not be written, if so: it must not run here.
+    pub fn failure(&self, vm: VmIndex) -> Option<String> {
+        let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        failures.get(&vm).and_then(|failed| failed.get().cloned())
+    }
+
+    /// A lane from agent `source` has been accepted; its way back carries
+    /// requests for pages.
+    pub fn lane_opened(&self, source: &str, lane: LaneReceiver) {
+        let mut lanes = self.lock_lanes();
+        let of_source = lanes.entry(source.to_owned()).or_default();
+        of_source.retain(|lane| lane.wait(Duration::ZERO).is_none());
+        of_source.push(lane);
+    }
+
+    fn lock_lanes(&self) -> MutexGuard<'_, AHashMap<String, Vec<LaneReceiver>>> {
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counters of the lanes that are open.
+    pub fn lane_stats(&self) -> Vec<ReceiverStats> {
+        self.lock_lanes()
+            .values()
+            .flatten()
+            .map(LaneReceiver::stats)
+            .collect()
+    }
+
+    /// Whether a lane of this gang is open.
+    pub fn has_open_lane(&self) -> bool {
+        self.lock_lanes()
+            .values()
+            .flatten()
+            .any(|lane| lane.wait(Duration::ZERO).is_none())
+    }
+
+    /// Asks again for everything that a VM still waits for: requests may have
+    /// been lost with their lane.
+    pub fn ask_again(&self, vm: VmIndex, placed: &TargetVm) {
+        let needs = placed.pending_pages(MAX_NEEDS).into_iter();
+        self.ask(
+            needs
+                .map(|gfn| Need {
+                    vm,
+                    gfn,
+                    fp: Fingerprint::ZERO,
+                })
+                .collect(),
+        );
+    }
+
+    /// Gives up content that this host itself was to receive and that has not
+    /// come in time. To be called every few tens of milliseconds.
+    pub fn tick(&self) {
+        let now = Instant::now();
+        let mut late = Vec::new();
+        self.awaited
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|(until, fp)| {
+                let keep = *until > now;
+                if !keep {
+                    late.push(*fp);
+                }
+                keep
+            });
+        for fp in late {
+            self.ask(self.store.not_fetched(fp, NotFetched::Late));
+        }
+    }
+
+    /// Closes every lane and stops taking part.
+    pub fn close(&self) {
+        for vm in 0..self.spec.vms.len() {
+            self.store.remove_vm(VmIndex(vm as u16));
+        }
+        for lane in self.lock_lanes().drain().flat_map(|(_, lanes)| lanes) {
+            lane.close(CLOSE_LIMIT);
+        }
+    }
+
+    fn start_fetches(self: &Arc<Self>, by_holder: AHashMap<HolderId, Vec<Fingerprint>>) {
+        for (holder, fps) in by_holder {
+            let Some(host) = self.spec.host(holder).map(|h| h.name.clone()) else {
+                for fp in fps {
+                    self.ask(self.store.not_fetched(fp, NotFetched::Gone));
+                }
+                continue;
+            };
+            let gang = self.clone();
+            let wanted = fps.iter().map(|&fp| Wanted { fp, domain: 0 }).collect();
+            self.fetch.fetch(
+                &host,
+                self.spec.id,
+                wanted,
+                self.fetch_limit,
+                Box::new(move |index, answer| gang.fetched(fps[index], holder, answer)),
+            );
+        }
+    }
+
+    fn fetched(&self, fp: Fingerprint, holder: HolderId, answer: rack::Fetched<'_>) {
+        let needs = match answer {
+            rack::Fetched::Page(page) => match self.store.fetched(fp, holder, page) {
+                Fetched::Placed(_) | Fetched::Unwanted => return,
+                Fetched::Wrong { holder, needs } => {
+                    let host = self.spec.host(holder).map_or("?", |h| &h.name);
+                    tracing::error!(
+                        gang = %self.spec.name, %host,
+                        "served content that does not match its fingerprint; refetched from the source"
+                    );
+                    needs
+                }
+            },
+            rack::Fetched::Gone => self.store.not_fetched(fp, NotFetched::Gone),
+            rack::Fetched::NotInTime => self.store.not_fetched(fp, NotFetched::Late),
+        };
+        self.ask(needs);
+    }
+
+    /// Asks the sources for pages in full.
+    fn ask(&self, needs: Vec<Need>) {
+        let mut by_vm: AHashMap<VmIndex, Vec<Gfn>> = AHashMap::new();
+        for need in needs {
+            by_vm.entry(need.vm).or_default().push(need.gfn);
+        }
+        for (vm, gfns) in by_vm {
+            let Some(source) = self.spec.vm(vm).map(|v| v.from.as_str()) else {
+                continue;
+            };
+            let asked = self.lock_lanes().get(source).is_some_and(|lanes| {
+                lanes
+                    .iter()
+                    .any(|lane| lane.handle().need(self.spec.id, vm, &gfns).is_ok())
+            });
+            if !asked {
+                // Pages stay pending, so the switch cannot happen without them.
+                tracing::warn!(gang = %self.spec.name, %source, pages = gfns.len(),
+                    "no open lane to ask the source for pages");
+            }
+        }
+    }
+}
+
+/// A [`TargetGang`] as one lane's thread sees it.
+pub struct LaneSink(pub Arc<TargetGang>);
+
+impl BatchSink for LaneSink {
+    fn ram_pages(&self, gang: GangId, vm: VmIndex) -> Option<u32> {
+        if gang != self.0.spec.id {
+            return None;
+        }
+        self.0.store.vm(vm).ok().map(|vm| vm.pages())
+    }
+
+    fn batch(&self, batch: &DecodedBatch<'_>) -> Result<Placement, SinkError> {
+        let gang = &self.0;
+        let store = &gang.store;
+        let refused = |e: ArriveError| SinkError::Failed(e.to_string());
+        let vm = store.vm(batch.head.vm).map_err(refused)?;
+        if gang.failure(batch.head.vm).is_some() {
+            // The source hears of it at the switch at the latest; other VMs of
+            // this lane are not to suffer.
+            return Ok(Placement::Placed);
+        }
+        let round = batch.head.round;
+        for run in &batch.entries.zeros {
+            store
+                .arrive_zero(&vm, run.first, run.count, round)
+                .map_err(refused)?;
+        }
+        for (gfn, page) in batch.pages() {
+            store.arrive_page(&vm, gfn, round, page).map_err(refused)?;
+        }
+        let mut fetches: AHashMap<HolderId, Vec<Fingerprint>> = AHashMap::new();
+        let mut needs = Vec::new();
+        let mut awaits = Vec::new();
+        for r in &batch.entries.refs {
+            let arrival = store
+                .arrive_ref(&vm, r.gfn, round, r.fingerprint, r.holder)
+                .map_err(refused)?;
+            match arrival {
+                RefArrival::Placed | RefArrival::Stale | RefArrival::Joined => {}
+                RefArrival::Fetch => fetches.entry(r.holder).or_default().push(r.fingerprint),
+                RefArrival::Await => {
+                    awaits.push((Instant::now() + gang.fetch_limit, r.fingerprint))
+                }
+                RefArrival::Need => {
+                    needs.push(Need {
+                        vm: batch.head.vm,
+                        gfn: r.gfn,
+                        fp: r.fingerprint,
+                    });
+                }
+            }
+        }
+        if !awaits.is_empty() {
+            gang.awaited
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .append(&mut awaits);
+        }
+        (gang.wake)();
+        gang.start_fetches(fetches);
+        gang.ask(needs);
+        Ok(Placement::Placed)
+    }
+}

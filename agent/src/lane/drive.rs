@@ -1,0 +1,540 @@
+//! One connection of a sending lane, driven by one loop: take what completed,
+//! send the next chunk if the pacer permits, compress a step ahead, wait.
+
+use super::adapt::{Adapter, Saturation, Window};
+use super::batch::{BatchId, LaneEvent, LostBatch, StagedBatch};
+use super::encode::{Compress, EncodedFrame, Encoder, Job, Progress};
+use super::frame::{BatchHead, Encoding, Kind, PROLOGUE_LEN, Prologue, ReverseFrame};
+use super::inbox::Inbox;
+use super::ring::{Ring, RingConfig, SendMem};
+use super::send::{LaneError, LaneThread, RECV_BUFFERS, Unacked};
+use super::stats::LaneCounters;
+use super::tcp;
+use crate::types::Class;
+use socket2::SockRef;
+use std::collections::HashSet;
+use std::net::TcpStream;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How often the lane looks at the clock, its rate limit and `TCP_INFO`.
+const TICK: Duration = Duration::from_millis(50);
+/// Silence after which a sign of life is sent.
+const PING_AFTER: Duration = Duration::from_millis(500);
+/// A frame that has begun goes on after this long without permission.
+const OVERDRAW_AFTER: Duration = Duration::from_secs(1);
+/// Below this, zero copy costs more than copying.
+const MIN_ZERO_COPY: usize = 10 * 1024;
+/// Copied sends in a row after which zero copy is given up.
+const MAX_COPIED: u32 = 8;
+/// A chunk is what the link carries in this time, within bounds.
+const CHUNK_TIME: f64 = 0.002;
+const MIN_CHUNK: usize = 16 * 1024;
+
+/// A frame on its way out.
+struct Outgoing {
+    batch: BatchId,
+    mem: Arc<SendMem>,
+    /// Taken by the socket up to here,
+    pos: usize,
+    /// given to the ring up to here,
+    submitted: usize,
+    /// and to be sent up to here.
+    to: usize,
+    class: Class,
+    /// When its last chunk went out; `None` before the first.
+    begun: Option<Instant>,
+}
+
+/// The frame after it.
+enum Ahead {
+    Nothing,
+    Encoding(Box<Job>),
+    Ready(EncodedFrame),
+}
+
+/// What a send is of.
+enum Sending {
+    /// The next bytes of the current frame.
+    Chunk,
+    /// A sign of life.
+    Ping,
+}
+
+/// What keeps the current frame from going on.
+enum Gate {
+    /// There is no frame.
+    NoFrame,
+    /// A send is under way.
+    Socket,
+    /// The pacer said to come back after this long.
+    Pacer(Duration),
+}
+
+pub(super) struct Connection<'a> {
+    lane: &'a LaneThread,
+    ring: Ring,
+    encoder: Encoder,
+    adapter: Adapter,
+    saturation: Saturation,
+    window: Window,
+    unacked: &'a mut Unacked,
+    /// Batches of `unacked` whose contents went compressed.
+    compressed: HashSet<BatchId>,
+    inbox: Inbox,
+    current: Option<Outgoing>,
+    /// The send under way.
+    sending: Option<Sending>,
+    ahead: Ahead,
+    zero_copy: bool,
+    max_rate: Option<u64>,
+    last_tick: Instant,
+    last_sent: Instant,
+    enters_before: u64,
+}
+
+impl<'a> Connection<'a> {
+    /// Sets socket and ring up.
+    pub(super) fn open(
+        lane: &'a LaneThread,
+        stream: TcpStream,
+        unacked: &'a mut Unacked,
+    ) -> Result<Connection<'a>, LaneError> {
+        let config = &lane.shared.config;
+        let max_rate = lane.shared.pacing.max_rate();
+        tcp::prepare(&stream, config.patience)
+            .and_then(|()| {
+                let socket = SockRef::from(&stream);
+                // Little is queued in the kernel: the queue of the core link
+                // stays empty, and stop-and-copy does not wait behind megabytes.
+                socket.set_send_buffer_size(config.send_buffer)?;
+                socket.set_tcp_notsent_lowat(config.notsent_lowat)?;
+                if let Some(name) = &config.congestion {
+                    socket.set_tcp_congestion(name.as_bytes())?;
+                }
+                tcp::set_max_pacing_rate(&stream, max_rate)
+            })
+            .map_err(LaneError::Socket)?;
+        let ring = Ring::new(
+            stream,
+            &config.peer,
+            lane.waker.clone(),
+            &RingConfig {
+                pools: &[&lane.shared.staging, &lane.out],
+                recv_buffers: RECV_BUFFERS,
+                deferred: false,
+            },
+        )?;
+        let now = Instant::now();
+        let encoder = Encoder::new(config.encode);
+        lane.counters.level.set(encoder.level() as u64);
+        lane.counters.fell_back.set(0);
+        Ok(Connection {
+            lane,
+            ring,
+            adapter: Adapter::new(config.encode.level),
+            saturation: Saturation::default(),
+            encoder,
+            window: Window::default(),
+            unacked,
+            compressed: HashSet::new(),
+            inbox: Inbox::new(now),
+            current: None,
+            sending: None,
+            ahead: Ahead::Nothing,
+            zero_copy: true,
+            max_rate,
+            last_tick: now,
+            last_sent: now,
+            enters_before: 0,
+        })
+    }
+
+    fn counters(&self) -> &'a LaneCounters {
+        &self.lane.counters
+    }
+
+    /// Carries batches until the set closes (`Ok`) or something breaks.
+    pub(super) fn run(&mut self) -> Result<(), LaneError> {
+        loop {
+            self.take_completions()?;
+            // First what the target said: it may be why sending failed.
+            self.handle_frames()?;
+            let now = Instant::now();
+            if let Some(result) = self.inbox.sent.take() {
+                self.sent(result.map_err(LaneError::Send)?, now)?;
+            }
+            if now.duration_since(self.last_tick) >= TICK {
+                self.tick(now)?;
+            }
+            if let Some(limit) = self.closing() {
+                let idle = self.current.is_none()
+                    && self.sending.is_none()
+                    && matches!(self.ahead, Ahead::Nothing);
+                if idle && self.unacked.is_empty() && self.queue_empty() {
+                    return self.goodbye(limit);
+                }
+                if now >= limit {
+                    return Err(LaneError::CloseTimeout);
+                }
+            }
+            let gate = self.send_on(now)?;
+            let further = self.encode_ahead()?;
+            match (&self.ahead, &gate) {
+                // More to compress: let the kernel work on, do not wait.
+                (Ahead::Encoding(_), _) => self.ring.kick().map_err(LaneError::Wait)?,
+                // Something to send has just come about.
+                (Ahead::Ready(_), Gate::NoFrame) if further => {}
+                _ => self.wait(gate)?,
+            }
+        }
+    }
+
+    fn closing(&self) -> Option<Instant> {
+        self.lane.shared.state().closing
+    }
+
+    fn queue_empty(&self) -> bool {
+        let state = self.lane.shared.state();
+        let queue = &state.queues[self.lane.index];
+        queue.stop_copy.is_empty() && queue.precopy.is_empty()
+    }
+
+    fn wait(&mut self, gate: Gate) -> Result<(), LaneError> {
+        let limit = match gate {
+            Gate::Pacer(wait) => wait.clamp(Duration::from_micros(50), TICK),
+            Gate::Socket | Gate::NoFrame => TICK,
+        };
+        let start = Instant::now();
+        self.ring.wait(limit).map_err(LaneError::Wait)?;
+        let waited = start.elapsed();
+        match gate {
+            Gate::Pacer(_) => {
+                self.window.pacer += waited;
+                self.window.blocked += waited;
+                self.counters().pacer_wait_us.add(waited.as_micros() as u64);
+            }
+            Gate::Socket => {
+                self.window.blocked += waited;
+                self.counters()
+                    .socket_wait_us
+                    .add(waited.as_micros() as u64);
+            }
+            Gate::NoFrame => self.window.idle += waited,
+        }
+        Ok(())
+    }
+
+    fn take_completions(&mut self) -> Result<(), LaneError> {
+        let (inbox, counters) = (&mut self.inbox, &*self.lane.counters);
+        self.ring
+            .reap(|completion| inbox.take(completion, counters))?;
+        if self.zero_copy && self.inbox.copied_in_a_row >= MAX_COPIED {
+            self.zero_copy = false;
+            self.counters().fell_back.set(1);
+            tracing::info!(
+                peer = %self.lane.shared.config.peer,
+                lane = self.lane.index,
+                "the kernel copies zero-copy sends on this path: going on with plain sends"
+            );
+        }
+        Ok(())
+    }
+
+    fn handle_frames(&mut self) -> Result<(), LaneError> {
+        let mut placed: Vec<(BatchHead, bool)> = Vec::new();
+        for frame in std::mem::take(&mut self.inbox.frames) {
+            match frame {
+                ReverseFrame::Ack(ids) => {
+                    for id in ids {
+                        if self.not_sent(id) {
+                            return Err(LaneError::UnknownAck(id));
+                        }
+                        let lost = self.unacked.remove(&id).ok_or(LaneError::UnknownAck(id))?;
+                        placed.push((lost.head, self.compressed.remove(&id)));
+                    }
+                }
+                ReverseFrame::Need { gang, vm, gfns } => {
+                    self.lane.event(LaneEvent::Need { gang, vm, gfns })?;
+                }
+                ReverseFrame::Error(text) => return Err(LaneError::Refused(text)),
+                ReverseFrame::Ping => {}
+            }
+        }
+        self.lane.placed(&placed)?;
+        if self.inbox.eof {
+            Err(LaneError::Closed)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Whether some of the batch has not left yet: then it cannot be placed.
+    fn not_sent(&self, id: BatchId) -> bool {
+        let ahead = match &self.ahead {
+            Ahead::Nothing => None,
+            Ahead::Encoding(job) => Some(job.batch()),
+            Ahead::Ready(frame) => Some(frame.head.batch),
+        };
+        let current = self.current.as_ref();
+        ahead == Some(id) || current.is_some_and(|f| f.batch == id && f.submitted < f.to)
+    }
+
+    /// Everything that is looked at now and then.
+    fn tick(&mut self, now: Instant) -> Result<(), LaneError> {
+        let elapsed = now.duration_since(self.last_tick);
+        self.last_tick = now;
+        let patience = self.lane.shared.config.patience;
+        if now.duration_since(self.inbox.last_heard) > patience {
+            return Err(LaneError::Silent(patience));
+        }
+        let max_rate = self.lane.shared.pacing.max_rate();
+        if max_rate != self.max_rate {
+            self.max_rate = max_rate;
+            tcp::set_max_pacing_rate(self.ring.stream(), max_rate).map_err(LaneError::Socket)?;
+        }
+        let mut window = std::mem::take(&mut self.window);
+        window.elapsed = elapsed;
+        if self.lane.shared.config.encode.compress == Compress::Auto {
+            self.encoder
+                .set_level(self.adapter.observe(window, max_rate));
+        }
+        let link_bound = self.saturation.observe(&window, max_rate);
+        self.lane.shared.state().queues[self.lane.index].link_bound = link_bound;
+        self.tell_counters();
+        if let Ok(reading) = tcp::reading(self.ring.stream()) {
+            *self
+                .counters()
+                .tcp
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = reading;
+        }
+        Ok(())
+    }
+
+    /// Publishes what is counted elsewhere.
+    pub(super) fn tell_counters(&mut self) {
+        let enters = self.ring.enters();
+        self.counters().ring_enters.add(enters - self.enters_before);
+        self.enters_before = enters;
+        self.counters().level.set(self.encoder.level() as u64);
+        self.counters()
+            .context_bytes
+            .set(self.encoder.context_bytes() as u64);
+    }
+
+    /// Starts the next chunk if nothing is in its way.
+    fn send_on(&mut self, now: Instant) -> Result<Gate, LaneError> {
+        if self.sending.is_some() {
+            return Ok(Gate::Socket);
+        }
+        if self.current.is_none() {
+            self.current = self.next_frame();
+        }
+        // Between frames, also if the pacer holds the next one back.
+        let between = self
+            .current
+            .as_ref()
+            .is_none_or(|frame| frame.begun.is_none());
+        if between && now.duration_since(self.last_sent) >= PING_AFTER {
+            let ping = Prologue::control(Kind::Ping, 0).encode().to_vec();
+            self.send_small(ping)?;
+            self.sending = Some(Sending::Ping);
+            return Ok(Gate::Socket);
+        }
+        let stop_copy_waits = self.stop_copy_waits();
+        let max_chunk = self.chunk_len();
+        let Some(frame) = &mut self.current else {
+            return Ok(Gate::NoFrame);
+        };
+        let len = (frame.to - frame.pos).min(max_chunk);
+        // A pre-copy frame that stop-and-copy waits behind is urgent, too.
+        let class = if stop_copy_waits {
+            Class::StopCopy
+        } else {
+            frame.class
+        };
+        let pacing = &self.lane.shared.pacing;
+        if let Err(wait) = pacing.try_acquire(len, class) {
+            if frame
+                .begun
+                .is_none_or(|last| now.duration_since(last) < OVERDRAW_AFTER)
+            {
+                return Ok(Gate::Pacer(wait));
+            }
+            pacing.overdraw(len, class);
+            self.lane.counters.overdrafts.add(1);
+        }
+        let zero_copy = self.zero_copy && len >= MIN_ZERO_COPY;
+        let zero_copied = self
+            .ring
+            .send(&frame.mem, frame.pos, frame.pos + len, zero_copy)
+            .map_err(LaneError::Send)?;
+        if !zero_copied {
+            self.lane.counters.sends_plain.add(1);
+        }
+        frame.submitted = frame.pos + len;
+        self.sending = Some(Sending::Chunk);
+        Ok(Gate::Socket)
+    }
+
+    fn chunk_len(&self) -> usize {
+        let max = self.lane.shared.config.max_chunk;
+        match self.max_rate {
+            Some(rate) => ((rate as f64 * CHUNK_TIME) as usize).clamp(MIN_CHUNK.min(max), max),
+            None => usize::MAX,
+        }
+    }
+
+    fn send_small(&mut self, bytes: Vec<u8>) -> Result<(), LaneError> {
+        let len = bytes.len();
+        let mem = Arc::new(SendMem::Small(bytes));
+        self.ring
+            .send(&mem, 0, len, false)
+            .map(drop)
+            .map_err(LaneError::Send)
+    }
+
+    /// A send has taken `bytes`.
+    fn sent(&mut self, bytes: usize, now: Instant) -> Result<(), LaneError> {
+        let sending = self.sending.take();
+        self.last_sent = now;
+        self.lane.counters.wire_bytes.add(bytes as u64);
+        self.window.wire_bytes += bytes as u64;
+        match sending {
+            Some(Sending::Ping) if bytes < PROLOGUE_LEN => return Err(LaneError::Closed),
+            Some(Sending::Ping) | None => return Ok(()),
+            Some(Sending::Chunk) => {}
+        }
+        if bytes == 0 {
+            return Err(LaneError::Closed);
+        }
+        if let Some(frame) = &mut self.current {
+            frame.pos += bytes;
+            frame.begun = Some(now);
+            if frame.pos >= frame.to {
+                self.current = None;
+            }
+        }
+        Ok(())
+    }
+
+    /// The frame to be sent next, if there is one.
+    fn next_frame(&mut self) -> Option<Outgoing> {
+        let frame = match std::mem::replace(&mut self.ahead, Ahead::Nothing) {
+            Ahead::Ready(frame) => frame,
+            other => {
+                self.ahead = other;
+                return None;
+            }
+        };
+        let counters = self.counters();
+        counters.batches.add(1);
+        counters.pages.add(frame.pages as u64);
+        counters.plain_bytes.add(frame.plain_len as u64);
+        self.window.plain_bytes += frame.plain_len as u64;
+        if frame.encoding != Encoding::Raw {
+            counters.batches_compressed.add(1);
+            counters.pages_compressed.add(frame.pages as u64);
+            self.compressed.insert(frame.head.batch);
+        }
+        Some(Outgoing {
+            batch: frame.head.batch,
+            pos: frame.from,
+            submitted: frame.from,
+            to: frame.to,
+            class: frame.head.class,
+            mem: Arc::new(SendMem::Pool(frame.buf)),
+            begun: None,
+        })
+    }
+
+    fn stop_copy_waits(&self) -> bool {
+        if matches!(&self.ahead, Ahead::Ready(frame) if frame.head.class == Class::StopCopy) {
+            return true;
+        }
+        !self.lane.shared.state().queues[self.lane.index]
+            .stop_copy
+            .is_empty()
+    }
+
+    /// Does one step of encoding the frame after the current one. Returns
+    /// whether it got further.
+    fn encode_ahead(&mut self) -> Result<bool, LaneError> {
+        let progress = match std::mem::replace(&mut self.ahead, Ahead::Nothing) {
+            Ahead::Ready(frame) => {
+                self.ahead = Ahead::Ready(frame);
+                return Ok(false);
+            }
+            Ahead::Encoding(job) => {
+                let start = Instant::now();
+                let progress = self.encoder.step(job)?;
+                let spent = start.elapsed();
+                self.window.encoding += spent;
+                self.counters().encode_us.add(spent.as_micros() as u64);
+                progress
+            }
+            Ahead::Nothing => {
+                // All output buffers may still be held by the kernel.
+                let Some(spare) = self.lane.out.try_take() else {
+                    return Ok(false);
+                };
+                let Some(batch) = self.take_batch() else {
+                    return Ok(false);
+                };
+                self.counters()
+                    .references
+                    .add(batch.entries.refs.len() as u64);
+                let lost = LostBatch {
+                    head: batch.head(),
+                    entries: batch.entries.clone(),
+                };
+                if self.unacked.insert(batch.batch, lost).is_some() {
+                    return Err(LaneError::BatchTwice(batch.batch));
+                }
+                self.encoder.start(batch, spare)?
+            }
+        };
+        self.ahead = match progress {
+            Progress::More(job) => Ahead::Encoding(job),
+            Progress::Done(frame) => Ahead::Ready(frame),
+        };
+        Ok(true)
+    }
+
+    /// The next batch of the queue, stop-and-copy first.
+    fn take_batch(&mut self) -> Option<StagedBatch> {
+        if self.unacked.len() >= self.lane.shared.config.max_unacked {
+            return None;
+        }
+        let mut state = self.lane.shared.state();
+        let queue = &mut state.queues[self.lane.index];
+        let batch = queue
+            .stop_copy
+            .pop_front()
+            .or_else(|| queue.precopy.pop_front());
+        queue.hungry = batch.is_none();
+        let batch = batch?;
+        drop(state);
+        self.lane.shared.changed.notify_all();
+        Some(batch)
+    }
+
+    /// Ends the connection in order: the target has placed everything.
+    fn goodbye(&mut self, limit: Instant) -> Result<(), LaneError> {
+        self.send_small(Prologue::control(Kind::Bye, 0).encode().to_vec())?;
+        // The target closes its side when it has read it.
+        let end = limit.max(Instant::now() + Duration::from_millis(200));
+        while !self.inbox.eof && Instant::now() < end {
+            self.ring
+                .wait(Duration::from_millis(10))
+                .map_err(LaneError::Wait)?;
+            match self.take_completions() {
+                // It may close so fast that a reset overtakes its end.
+                Err(LaneError::Receive(_)) => break,
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,5 @@
+//! The `drover` command.
+
+fn main() -> std::process::ExitCode {
+    drover::cli::main().into()
+}

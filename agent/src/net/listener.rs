@@ -1,0 +1,193 @@
+//! The agent's one listening port.
+
+use super::Roster;
+use super::preamble::{Hello, Verdict};
+use super::stream::{AcceptError, Stream, accept};
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use thiserror::Error;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Bounds of a [`Listener`].
+#[derive(Debug, Clone, Copy)]
+pub struct ListenerLimits {
+    /// Connections open at a time, of all kinds.
+    pub connections: usize,
+    /// Callers at a time, from addresses of peers, that have not finished their
+    /// preamble; more wait in the kernel's queue.
+    pub handshakes: usize,
+    /// The same for callers from other addresses; more are hung up on. They
+    /// would be refused anyway, but those by mistake are told why.
+    pub strangers: usize,
+    /// Time a caller has for its preamble.
+    pub preamble: Duration,
+}
+
+impl Default for ListenerLimits {
+    fn default() -> Self {
+        ListenerLimits {
+            connections: 4096,
+            handshakes: 64,
+            strangers: 8,
+            preamble: Duration::from_secs(3),
+        }
+    }
+}
+
+/// A connection that was accepted.
+#[derive(Debug)]
+pub struct Incoming {
+    /// What the caller wants; `hello.from` is a peer of the roster.
+    pub hello: Hello,
+    /// Where it calls from.
+    pub address: SocketAddr,
+    /// The connection.
+    pub stream: Stream,
+    /// Keep this for as long as the connection is in use: it counts towards
+    /// the limit of connections.
+    pub permit: ConnectionPermit,
+}
+
+/// The right to one open connection; gives it back when dropped.
+#[derive(Debug)]
+pub struct ConnectionPermit {
+    _permit: OwnedSemaphorePermit,
+}
+
+/// Who takes the connections.
+pub trait ConnectionHandler {
+    /// Whether the connection is wanted; the text of a refusal is shown to the
+    /// caller's operator. Called before the caller gets its answer.
+    fn admit(&self, hello: &Hello) -> Result<(), String>;
+
+    /// Takes an accepted connection. Must not block: it runs on the control
+    /// runtime, where it may spawn tasks.
+    fn handle(&self, incoming: Incoming);
+}
+
+/// The agent cannot listen.
+#[derive(Debug, Error)]
+#[error(
+    "cannot listen for agents on {address}; is another agent running, is the address this host's?"
+)]
+pub struct ListenError {
+    /// The address wanted.
+    pub address: SocketAddr,
+    /// What the system said.
+    #[source]
+    pub source: io::Error,
+}
+
+/// The listening port.
+#[derive(Debug)]
+pub struct Listener {
+    tcp: TcpListener,
+    limits: ListenerLimits,
+}
+
+impl Listener {
+    /// Listens on `address`. Must be called on a runtime.
+    pub fn bind(address: SocketAddr, limits: ListenerLimits) -> Result<Self, ListenError> {
+        let listen = || {
+            let std = std::net::TcpListener::bind(address)?;
+            std.set_nonblocking(true)?;
+            TcpListener::from_std(std)
+        };
+        match listen() {
+            Ok(tcp) => Ok(Listener { tcp, limits }),
+            Err(source) => Err(ListenError { address, source }),
+        }
+    }
+
+    /// Where it listens, with the real port if port 0 was asked for.
+    pub fn address(&self) -> io::Result<SocketAddr> {
+        self.tcp.local_addr()
+    }
+
+    /// Accepts connections until dropped. Must run in a `LocalSet` (as tasks
+    /// of `tokio_uring::start` do).
+    pub async fn run(self, roster: Arc<Roster>, handler: Rc<dyn ConnectionHandler>) {
+        let connections = Arc::new(Semaphore::new(self.limits.connections));
+        let handshakes = Arc::new(Semaphore::new(self.limits.handshakes));
+        let strangers = Arc::new(Semaphore::new(self.limits.strangers));
+        let mut tasks = tokio::task::JoinSet::new();
+        loop {
+            while tasks.try_join_next().is_some() {}
+            let (tcp, address) = match self.tcp.accept().await {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // Out of file descriptors, most likely: callers wait.
+                    tracing::warn!(%error, "cannot accept connections; trying again");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            // Strangers cannot keep peers waiting.
+            let known = roster.peers().any(|p| p.connects_from(address.ip()));
+            let handshake = if known {
+                handshakes.clone().acquire_owned().await.ok()
+            } else {
+                strangers.clone().try_acquire_owned().ok()
+            };
+            let Some(handshake) = handshake else {
+                tracing::debug!(from = %address, "too many strangers: hung up");
+                continue;
+            };
+            let caller = Caller {
+                tcp,
+                address,
+                places: connections.clone(),
+            };
+            let (roster, handler) = (roster.clone(), handler.clone());
+            let limit = self.limits.preamble;
+            tasks.spawn_local(async move {
+                if let Err(error) = welcome(caller, &roster, &*handler, limit).await {
+                    tracing::warn!(from = %address, %error, "connection turned away");
+                }
+                drop(handshake);
+            });
+        }
+    }
+}
+
+struct Caller {
+    tcp: TcpStream,
+    address: SocketAddr,
+    places: Arc<Semaphore>,
+}
+
+async fn welcome(
+    caller: Caller,
+    roster: &Roster,
+    handler: &dyn ConnectionHandler,
+    limit: Duration,
+) -> Result<(), AcceptError> {
+    let mut permit = None;
+    let admit = |hello: &Hello| {
+        permit = caller.places.try_acquire_owned().ok();
+        if permit.is_none() {
+            let reason = "too many connections are open; try again".to_owned();
+            return Err((Verdict::Busy, reason));
+        }
+        handler.admit(hello).map_err(|why| (Verdict::Unwanted, why))
+    };
+    let (stream, hello) = accept(caller.tcp, caller.address, roster, admit, limit).await?;
+    if let Some(_permit) = permit {
+        tracing::debug!(from = %hello.from, kind = ?hello.kind, "connection accepted");
+        handler.handle(Incoming {
+            hello,
+            address: caller.address,
+            stream,
+            permit: ConnectionPermit { _permit },
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "listener_tests.rs"]
+mod tests;

@@ -1,0 +1,174 @@
+//! The answering side of RPC.
+
+use super::message::decode_body;
+use super::{Envelope, RpcLimits};
+use crate::net::Incoming;
+use crate::net::frame::{FrameReader, FrameWriter};
+use serde::{Serialize, de::DeserializeOwned};
+use std::rc::Rc;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior};
+
+/// Who answers requests. Runs on the control runtime: nothing may block.
+pub trait RpcHandler<Req, Resp>: 'static {
+    /// Answers one request of `peer`. Runs to its end even if the caller is
+    /// gone, so that nothing is left half done.
+    fn call(self: Rc<Self>, peer: Rc<str>, request: Req) -> impl Future<Output = Resp> + 'static;
+
+    /// Takes one notice of `peer`. Notices and requests of one connection are
+    /// begun in the order they were sent.
+    fn notice(&self, peer: &str, notice: Req);
+
+    /// The connection from `peer` ended, because of `why`; it may call again.
+    fn lost(&self, peer: &str, why: &str);
+}
+
+/// Serves one `Control` connection until it ends.
+pub async fn serve<Req, Resp, H>(incoming: Incoming, limits: RpcLimits, handler: Rc<H>)
+where
+    Req: DeserializeOwned + 'static,
+    Resp: Serialize + 'static,
+    H: RpcHandler<Req, Resp>,
+{
+    let peer: Rc<str> = incoming.hello.from.as_str().into();
+    let (read, write) = tokio::io::split(incoming.stream);
+    let (done, finished) = mpsc::unbounded_channel();
+    let mut session = Session {
+        peer: peer.clone(),
+        reader: FrameReader::new(read, limits.max_frame),
+        writer: FrameWriter::new(write, limits.max_frame),
+        limits,
+        handler,
+        done,
+        finished,
+        running: 0,
+    };
+    let why = session.run().await;
+    tracing::debug!(%peer, %why, "control connection ended");
+    session.handler.lost(&peer, &why);
+    drop(incoming.permit);
+}
+
+struct Session<H> {
+    peer: Rc<str>,
+    reader: FrameReader<tokio::io::ReadHalf<crate::net::Stream>>,
+    writer: FrameWriter<tokio::io::WriteHalf<crate::net::Stream>>,
+    limits: RpcLimits,
+    handler: Rc<H>,
+    done: mpsc::UnboundedSender<Finished>,
+    finished: mpsc::UnboundedReceiver<Finished>,
+    running: usize,
+}
+
+struct Finished {
+    id: u64,
+    response: Result<Vec<u8>, String>,
+}
+
+impl<H> Session<H> {
+    /// Returns why the connection ended.
+    async fn run<Req, Resp>(&mut self) -> String
+    where
+        Req: DeserializeOwned + 'static,
+        Resp: Serialize + 'static,
+        H: RpcHandler<Req, Resp>,
+    {
+        let mut beat =
+            tokio::time::interval_at(Instant::now() + self.limits.beat, self.limits.beat);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut silent = 0;
+        loop {
+            // A peer that sends but does not read is not read from either.
+            let room = self.writer.pending() < 2 * self.limits.max_frame;
+            let step = tokio::select! {
+                biased;
+                filled = self.reader.fill(), if room => {
+                    silent = 0;
+                    filled.map_err(|e| e.to_string()).and_then(|()| self.receive::<Req, Resp>())
+                }
+                drained = self.writer.drain(), if self.writer.pending() > 0 => {
+                    if !room {
+                        // Nothing can be heard of it meanwhile, but it reads.
+                        silent = 0;
+                    }
+                    drained.map_err(|e| e.to_string())
+                }
+                Some(finished) = self.finished.recv() => self.finish(finished),
+                _ = beat.tick() => {
+                    silent += 1;
+                    if silent >= self.limits.silent_beats {
+                        Err(format!("it said nothing for {:?}", self.limits.silence()))
+                    } else if self.writer.pending() == 0 {
+                        // Without being asked: the caller's ping may wait behind
+                        // a long request.
+                        let pushed = self.writer.push(|out| Envelope::Pong.encode(out));
+                        pushed.map_err(|e| e.to_string())
+                    } else {
+                        Ok(())
+                    }
+                }
+            };
+            if let Err(why) = step {
+                return why;
+            }
+        }
+    }
+
+    fn receive<Req, Resp>(&mut self) -> Result<(), String>
+    where
+        Req: DeserializeOwned + 'static,
+        Resp: Serialize + 'static,
+        H: RpcHandler<Req, Resp>,
+    {
+        while let Some(frame) = self.reader.next_frame().map_err(|e| e.to_string())? {
+            match Envelope::decode(frame).map_err(|e| e.to_string())? {
+                Envelope::Ping => {
+                    let pushed = self.writer.push(|out| Envelope::Pong.encode(out));
+                    pushed.map_err(|e| e.to_string())?;
+                }
+                Envelope::Notice { body } => {
+                    let notice = decode_body(body).map_err(|e| e.to_string())?;
+                    self.handler.notice(&self.peer, notice);
+                }
+                Envelope::Request { id, .. } if self.running >= self.limits.in_flight => {
+                    let why = b"it has too many requests of this agent already; try again";
+                    let fault = Envelope::Fault { id, why };
+                    let pushed = self.writer.push(|out| fault.encode(out));
+                    pushed.map_err(|e| e.to_string())?;
+                }
+                Envelope::Request { id, body } => {
+                    let request: Req = decode_body(body).map_err(|e| e.to_string())?;
+                    self.running += 1;
+                    let answer = self.handler.clone().call(self.peer.clone(), request);
+                    let done = self.done.clone();
+                    tokio::task::spawn_local(async move {
+                        let response = postcard::to_stdvec(&answer.await);
+                        let response = response.map_err(|e| e.to_string());
+                        let _ = done.send(Finished { id, response });
+                    });
+                }
+                _ => return Err("it sent what only a server may send".to_owned()),
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, Finished { id, response }: Finished) -> Result<(), String> {
+        self.running -= 1;
+        let fault = match response {
+            Ok(body) => {
+                let response = Envelope::Response { id, body: &body };
+                match self.writer.push(|out| response.encode(out)) {
+                    Ok(()) => return Ok(()),
+                    Err(error) => format!("the response is {error}"),
+                }
+            }
+            Err(error) => error,
+        };
+        let why = fault.as_bytes();
+        let pushed = self
+            .writer
+            .push(|out| Envelope::Fault { id, why }.encode(out));
+        pushed.map_err(|e| e.to_string())
+    }
+}

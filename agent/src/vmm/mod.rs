@@ -1,0 +1,30 @@
+//! Access to one VM, from outside its VMM: the layout of its RAM, rounds of
+//! changed pages, pause and resume, device state out and in, and a place for
+//! pages on the target.
+//!
+//! Here is QEMU in *direct mode* ([`direct`]), bottom up: [`process`] holds the
+//! VMM, [`inject`] gets a userfaultfd out of it, [`uffd`] and [`pagemap`] speak to
+//! the kernel, [`dirty`] makes the dirty log of them; [`ram`] reads and places
+//! pages; [`definition`] and [`launch`] start VMMs, [`qmp`] drives them,
+//! [`preflight`] refuses what cannot work, [`relay`] carries device state.
+//! Other kinds of VM implement [`PageSource`] and [`PageSink`] as well.
+
+pub mod definition;
+pub mod direct;
+pub mod dirty;
+pub mod inject;
+pub mod launch;
+pub mod maps;
+pub mod pagemap;
+pub mod pageset;
+pub mod preflight;
+pub mod process;
+pub mod qmp;
+pub mod ram;
+pub mod relay;
+pub mod uffd;
+
+mod source;
+
+pub use pageset::PageSet;
+pub use source::{DirectSource, DirectSourceError, PageSink, PageSource};

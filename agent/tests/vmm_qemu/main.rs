@@ -1,0 +1,9 @@
+//! QEMU in direct mode on real VMMs: needs root, `/usr/bin/qemu-system-x86_64`
+//! and `cc`; `/dev/kvm` for those that say so.
+
+mod dirty;
+mod dma;
+mod harness;
+mod inject;
+mod migrate;
+mod refuse;

@@ -1,0 +1,4 @@
+	.globl _start
+_start:
+	pause
+	jmp _start

@@ -1,0 +1,6 @@
+//! `agent.toml` and `policy.toml`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    drover_fuzz::config_files(bytes);
+});

@@ -1,0 +1,6 @@
+//! A whole connection, as a lane receiver reads it.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    drover_fuzz::lane_stream(bytes);
+});

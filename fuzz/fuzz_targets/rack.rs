@@ -1,0 +1,6 @@
+//! Claims, fetches and load reports.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    drover_fuzz::rack(bytes);
+});

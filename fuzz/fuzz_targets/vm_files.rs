@@ -1,0 +1,6 @@
+//! Plans and VM definitions.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    drover_fuzz::vm_files(bytes);
+});

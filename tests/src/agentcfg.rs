@@ -1,0 +1,220 @@
+//! The files that agents of the lab are configured with: everything that
+//! knows their formats is here.
+
+use crate::qemu::{Guest, Places, QEMU};
+use crate::topology::{Host, Lab, rack_prefix};
+use anyhow::{Context, Result};
+use std::fmt::Write;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+/// The port of all agents.
+pub const PORT: u16 = 7400;
+
+/// How the agents of a lab are set up.
+#[derive(Debug, Clone)]
+pub struct AgentOptions {
+    /// Wait at each VM's switch until the lab has compared its RAM.
+    pub hold_at_switch: Option<PathBuf>,
+    /// Use the eBPF meter; policies without it pace by queueing alone.
+    pub meter: bool,
+    /// Further lines for `policy.toml`.
+    pub policy: String,
+    /// Log filter.
+    pub log: String,
+}
+
+impl Default for AgentOptions {
+    fn default() -> AgentOptions {
+        AgentOptions {
+            hold_at_switch: None,
+            meter: true,
+            policy: String::new(),
+            log: "info".into(),
+        }
+    }
+}
+
+/// Where an agent has its files.
+#[derive(Debug, Clone)]
+pub struct AgentFiles {
+    /// `agent.toml`.
+    pub config: PathBuf,
+    /// `policy.toml`.
+    pub policy: PathBuf,
+    /// The API's Unix socket.
+    pub socket: PathBuf,
+    /// VM definitions.
+    pub definitions: PathBuf,
+    /// VMs' run directories.
+    pub run_dir: PathBuf,
+    /// VMs' RAM files.
+    pub ram_dir: PathBuf,
+    /// What it logs.
+    pub log: PathBuf,
+}
+
+impl AgentFiles {
+    /// Of the agent on this host.
+    pub fn of(host: &Host) -> AgentFiles {
+        let at = |name: &str| host.run_dir.join(name);
+        AgentFiles {
+            config: at("agent.toml"),
+            policy: at("policy.toml"),
+            socket: at("agent.sock"),
+            definitions: at("definitions"),
+            run_dir: at("vms"),
+            ram_dir: host.shm_dir.join("ram"),
+            log: at("agent.log"),
+        }
+    }
+
+    /// The places of a VM that the agent started.
+    pub fn places(&self, vm: &str) -> Places {
+        let dir = self.run_dir.join(vm);
+        let at = |name: &str| dir.join(name).display().to_string();
+        Places {
+            ram: self.ram_dir.join(format!("{vm}.ram")).display().to_string(),
+            serial: at("serial.log"),
+            control: at("ctl.sock"),
+            qmp: at("lab.sock"),
+        }
+    }
+}
+
+/// Writes everything the agent on `host` needs, and makes its folders.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn write(lab: &Lab, host: &Host, options: &AgentOptions) -> Result<AgentFiles> {
+    let files = AgentFiles::of(host);
+    let state = host.run_dir.join("state");
+    for folder in [&files.definitions, &files.run_dir, &files.ram_dir, &state] {
+        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    }
+    fs::write(&files.policy, policy(lab, options))?;
+    fs::write(&files.config, config(lab, host, &files, &state, options))?;
+    Ok(files)
+}
+
+fn config(
+    lab: &Lab,
+    host: &Host,
+    files: &AgentFiles,
+    state: &Path,
+    options: &AgentOptions,
+) -> String {
+    let mut out = format!(
+        "name = {:?}\nrack = {:?}\nlisten = \"{}:{PORT}\"\napi_socket = {:?}\nstate_dir = {:?}\n\
+         run_dir = {:?}\nram_dir = {:?}\nsecret_file = {:?}\nuplinks = [\"eth0\"]\n\
+         rack_prefixes = [{:?}]\npolicy = {:?}\nvm_definitions = {:?}\nqemu_binaries = [{QEMU:?}]\n\
+         data_memory = \"64 MiB\"\n\n[log]\nlevel = {:?}\n",
+        host.name,
+        host.rack_name(),
+        host.addr,
+        files.socket,
+        state,
+        files.run_dir,
+        files.ram_dir,
+        lab.run_dir().join("secret"),
+        rack_prefix(host.rack),
+        files.policy,
+        files.definitions,
+        options.log,
+    );
+    for peer in &lab.hosts {
+        let _ = write!(
+            out,
+            "\n[[peer]]\nname = {:?}\nrack = {:?}\naddress = \"{}:{PORT}\"\n",
+            peer.name,
+            peer.rack_name(),
+            peer.addr
+        );
+    }
+    if let Some(dir) = &options.hold_at_switch {
+        let _ = write!(out, "\n[debug]\nhold_at_switch = {dir:?}\n");
+    }
+    out
+}
+
+fn policy(lab: &Lab, options: &AgentOptions) -> String {
+    format!(
+        "[core_link]\ncapacity_mbit = {}\n\n[meter]\nrequired = {}\n\n{}\n",
+        lab.shape.rate_mbit, options.meter, options.policy
+    )
+}
+
+/// Makes the cluster secret, the same for all agents of the lab.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write_secret(lab: &Lab) -> Result<()> {
+    let path = lab.run_dir().join("secret");
+    let mut random = [0; 32];
+    std::io::Read::read_exact(&mut fs::File::open("/dev/urandom")?, &mut random)?;
+    let hex: String = random.iter().map(|b| format!("{b:02x}")).collect();
+    fs::write(&path, hex + "\n")?;
+    Ok(fs::set_permissions(
+        &path,
+        fs::Permissions::from_mode(0o600),
+    )?)
+}
+
+/// The definition of a VM. Besides the agent's monitor the VMM gets one for
+/// the lab, which watches its stops there.
+pub fn definition(name: &str, domain: &str, guest: &Guest) -> String {
+    let places = Places {
+        ram: "{ram}".into(),
+        serial: "{serial}".into(),
+        control: "{dir}/ctl.sock".into(),
+        qmp: "{dir}/lab.sock".into(),
+    };
+    let mut args = vec!["-name".to_string(), "{name}".to_string()];
+    args.extend(guest.args(&places));
+    args.extend([
+        "-qmp".to_string(),
+        format!("unix:{},server=on,wait=off", places.qmp),
+    ]);
+    let args: Vec<String> = args.iter().map(|a| format!("{a:?}")).collect();
+    format!(
+        "name = {name:?}\ndomain = {domain:?}\nram = \"{}K\"\n\n[qemu]\nbinary = {QEMU:?}\nargs = [\n    {},\n]\n",
+        guest.ram_bytes() >> 10,
+        args.join(",\n    ")
+    )
+}
+
+/// A plan: VM, source host, target host.
+pub fn plan(gang: &str, moves: &[(String, String, String)]) -> String {
+    let mut out = format!("gang = {gang:?}\n");
+    for (vm, from, to) in moves {
+        let _ = write!(
+            out,
+            "\n[[vm]]\nname = {vm:?}\nfrom = {from:?}\nto = {to:?}\n"
+        );
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use drover::gang::plan::Plan;
+    use drover::vmm::definition::Definition;
+
+    #[test]
+    fn agents_understand_definitions_and_plans() {
+        let guest = Guest::Kvm {
+            elf: "/x/guest.elf".into(),
+            ram_mib: 32,
+            work: crate::guest::kvm::KvmWork::small(1),
+        };
+        let parsed = Definition::parse("vm1.toml", &definition("vm1", "lab", &guest))
+            .expect("a right definition");
+        assert_eq!((parsed.name.as_str(), parsed.ram_bytes), ("vm1", 32 << 20));
+        let text = plan("g", &[("vm1".into(), "r1h1".into(), "r2h1".into())]);
+        let plan = Plan::parse(Path::new("plan.toml"), &text, Some(&["r1h1", "r2h1"]))
+            .expect("a right plan");
+        assert_eq!(plan.vms[0].to, "r2h1");
+    }
+}

@@ -1,0 +1,31 @@
+//! The lab: racks as network namespaces, real VMMs with real guests, and what
+//! it takes to check and to measure a migration between them.
+//!
+//! - [`guest`] builds the guests; [`save`] boots them once and keeps them.
+//! - [`topology`] lays out racks, hosts and the shaped core link from
+//!   [`netns`] namespaces; [`registry`] takes everything down again.
+//! - [`qemu`] runs VMMs, [`qmp`] talks to them, [`agentcfg`] and [`drover`]
+//!   run agents and the `drover` command.
+//! - [`check`] compares guest RAM and watches guests; [`tenant`] is the
+//!   traffic that a migration should not hurt.
+//! - [`bench`] measures; [`demo`] tells.
+pub mod agentcfg;
+pub mod bench;
+pub mod cache;
+pub mod check;
+pub mod cpu;
+pub mod demo;
+pub mod drover;
+pub mod gang;
+pub mod guest;
+pub mod netns;
+pub mod pattern;
+pub mod qemu;
+pub mod qmp;
+pub mod registry;
+pub mod save;
+pub mod serial;
+pub mod slowdisk;
+pub mod stage;
+pub mod tenant;
+pub mod topology;
