@@ -17,7 +17,7 @@ use crate::gang::stage::StageShared;
 use crate::lane::{self, Connector, EncodeConfig, LaneSetConfig};
 use crate::net::{Kind, connect};
 use crate::pace::policy::Then;
-use crate::types::{GangId, VmIndex};
+use crate::types::{Class, GangId, VmIndex};
 use crate::vmm::DirectSource;
 use crate::vmm::direct::SourceVm;
 use crate::vmm::ram::GuestRam;
@@ -185,6 +185,7 @@ impl Agent {
             .vm(index)
             .map(|v| v.to.clone())
             .unwrap_or_default();
+        self.pacer.announce(Class::Precopy);
         let source = SourceVm::open(vmm).await.map_err(|e| chain(&e))?;
         let flight = Flight::new(index, name, &target, source.ram().pages());
         let key = Arc::new(FingerprintKey::derive(&self.secret, &vm.definition.domain));

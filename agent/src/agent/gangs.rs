@@ -10,7 +10,7 @@ use crate::gang::plan::MAX_VMS;
 use crate::gang::source::SourceGang;
 use crate::gang::target::TargetGang;
 use crate::net::listener::ConnectionPermit;
-use crate::types::{GangId, VmIndex};
+use crate::types::{Class, GangId, VmIndex};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -128,6 +128,7 @@ impl Agent {
                 let departure = departures
                     .get(&vm)
                     .ok_or("that VM does not leave this host")?;
+                self.pacer.announce(Class::StopCopy);
                 departure.turn();
                 Ok(GangResponse::Done)
             }

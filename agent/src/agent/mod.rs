@@ -267,7 +267,10 @@ impl Agent {
     /// Tells the rack what this host's uplinks carry.
     async fn share_load(self: Rc<Self>) {
         loop {
-            tokio::time::sleep(self.pacer.report_interval()).await;
+            tokio::select! {
+                () = tokio::time::sleep(self.pacer.report_interval()) => {}
+                () = self.pacer.news() => {}
+            }
             match postcard::to_stdvec(&self.pacer.load_report()) {
                 Ok(bytes) => drop(self.rack.publish(&bytes)),
                 Err(error) => tracing::error!(%error, "load report cannot be encoded"),

@@ -363,7 +363,7 @@ mod tests {
         lanes.into_iter().for_each(|lane| {
             lane.join().unwrap();
         });
-        assert!(took < Duration::from_millis(300), "{took:?}");
+        assert!(took < Duration::from_millis(1900), "{took:?}");
         assert!(took > Duration::from_millis(38), "{took:?}");
     }
 

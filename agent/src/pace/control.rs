@@ -171,7 +171,12 @@ impl Controller {
         let tenant = self.reckon_tenants(now, seen.tenant);
         let left = self.capacity * (1.0 - headroom) - tenant;
         let budget = left.clamp(floor, share);
-        let part = own_part(budget, seen.wanted, &seen.others_wanted);
+        let part = if seen.others_stop_copy > 0 && !seen.stop_copy {
+            // A guest elsewhere stands still: its pages go first.
+            own_part(floor, seen.wanted, &seen.others_wanted)
+        } else {
+            own_part(budget, seen.wanted, &seen.others_wanted)
+        };
         let inbound = seen
             .inbound
             .map_or(f64::INFINITY, |inbound| self.inbound(inbound, seen.used));
@@ -193,11 +198,14 @@ impl Controller {
         } else {
             Limit::Share
         };
+        // Guests that stand still get all that tenants leave, and where that
+        // is little, what the profile grants them against tenants.
         let standing = seen.others_stop_copy + usize::from(seen.stop_copy);
+        let for_standing = left.max(stop_copy * self.capacity) / standing.max(1) as f64;
         Decision {
             rates: Rates {
                 precopy: rate,
-                stop_copy: rate.max(stop_copy * self.capacity / standing.max(1) as f64),
+                stop_copy: rate.max(for_standing),
             },
             budget,
             tenant,
@@ -389,7 +397,38 @@ mod tests {
             ..Observed::default()
         };
         let decision = settle(ProfileName::Normal, &seen);
-        assert!((decision.rates.stop_copy / CAPACITY - 0.45).abs() < 1e-9);
+        assert!((decision.rates.stop_copy / CAPACITY - 0.30).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_guest_that_stands_still_elsewhere_goes_first() {
+        let seen = Observed {
+            wanted: CAPACITY,
+            used: 0.4 * CAPACITY,
+            others_wanted: vec![CAPACITY],
+            others_stop_copy: 1,
+            ..Observed::default()
+        };
+        let decision = settle(ProfileName::Normal, &seen);
+        assert!((decision.rates.precopy / CAPACITY - 0.02).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_standing_guest_has_all_that_tenants_leave() {
+        let seen = Observed {
+            tenant: 0.25 * CAPACITY,
+            wanted: CAPACITY,
+            used: 0.1 * CAPACITY,
+            lanes: Some(LaneSignal {
+                queue: Duration::from_millis(20),
+                retransmits: 0.0,
+            }),
+            stop_copy: true,
+            ..Observed::default()
+        };
+        let decision = settle(ProfileName::Normal, &seen);
+        assert!(decision.rates.precopy < 0.1 * CAPACITY);
+        assert!((decision.rates.stop_copy / CAPACITY - 0.71).abs() < 1e-9);
     }
 
     #[test]

@@ -1,14 +1,15 @@
 //! The pacer of one agent: a small thread that looks, decides and sets the
 //! bucket's rates, and the handle that lanes, network and operator share.
 
+mod turn;
+
 use super::bucket::{Drawn, Rates, TokenBucket};
-use super::control::{Controller, Inbound, LaneSignal, Limit, Observed};
-use super::meter::{Counters, Measure};
+use super::control::{Controller, LaneSignal, Limit};
+use super::meter::Measure;
 use super::policy::{Policy, Profile, ProfileName};
-use super::report::{Flow, Load, LoadReport, Patience, RackLoad, ReportError};
+use super::report::{Load, LoadReport, RackLoad, ReportError};
 use super::tcp_info::TcpInfo;
 use crate::types::Class;
-use drover_ebpf::Direction;
 use serde::Serialize;
 use std::collections::HashMap;
 use std::io;
@@ -17,6 +18,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
+use tokio::sync::Notify;
 
 /// How often the pacer looks.
 pub const TICK: Duration = Duration::from_millis(25);
@@ -28,6 +30,10 @@ const LEARN_BYTES: u64 = 4 << 20;
 const LANE_IDLE: Duration = Duration::from_millis(100);
 /// Most racks whose reports are kept.
 const MAX_RACKS: usize = 64;
+/// From its announcement to its first bytes a migration takes less than this,
+const BEGINS_SOON: Duration = Duration::from_millis(400);
+/// and a switchover to its guest's standing still.
+const STANDS_STILL_SOON: Duration = Duration::from_millis(60);
 
 /// Who this agent is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +60,8 @@ struct Shared {
     wire_factor: AtomicU32,
     epoch: Instant,
     inner: Mutex<Inner>,
+    /// Wakes whoever sends this agent's reports.
+    news: Notify,
 }
 
 #[derive(Debug)]
@@ -68,6 +76,14 @@ struct Inner {
     seq: u64,
     report: LoadReport,
     status: PacerStatus,
+    announced: Announced,
+}
+
+/// What was announced, and when, on this pacer's clock.
+#[derive(Debug, Default)]
+struct Announced {
+    begins: Option<Duration>,
+    stands_still: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -132,7 +148,7 @@ impl Pacer {
         let shared = Arc::downgrade(&pacer.shared);
         thread::Builder::new()
             .name("pacer".into())
-            .spawn(move || run(&shared, meter))?;
+            .spawn(move || turn::run(&shared, meter))?;
         Ok(pacer)
     }
 
@@ -186,7 +202,9 @@ impl Pacer {
                     seq: 0,
                     report,
                     status,
+                    announced: Announced::default(),
                 }),
+                news: Notify::new(),
             }),
         }
     }
@@ -296,8 +314,48 @@ impl Pacer {
         if !inner.racks.contains_key(&report.rack) && inner.racks.len() >= MAX_RACKS {
             return Err(ReportError::TooMany);
         }
+        let own_rack = report.rack == inner.identity.rack;
         let rack = inner.racks.entry(report.rack.clone()).or_default();
-        rack.receive(report, now)
+        let stands_still = rack.receive(report, now)?;
+        if stands_still && own_rack && !inner.report.stop_copy {
+            // The next turn reckons it properly; the guest does not wait for it.
+            let rates = self.shared.bucket.rates();
+            let floor = inner.control.profile().floor * inner.policy.capacity;
+            self.shared.bucket.set_rates(Rates {
+                precopy: rates.precopy.min(floor),
+                ..rates
+            });
+        }
+        Ok(())
+    }
+
+    /// Tells the other agents of the rack *before* it happens that this one
+    /// begins to send, or that a guest of it is about to stand still, so that
+    /// they make room in time and the link is not filled twice for as long as
+    /// a report takes.
+    pub fn announce(&self, class: Class) {
+        let now = self.shared.epoch.elapsed();
+        {
+            let mut inner = self.shared.lock();
+            match class {
+                Class::Precopy => {
+                    inner.announced.begins = Some(now);
+                    inner.report.wanted = inner.policy.capacity as u64;
+                }
+                Class::StopCopy => {
+                    inner.announced.stands_still = Some(now);
+                    inner.report.stop_copy = true;
+                }
+            }
+            inner.report.at_us = now.as_micros() as u64;
+        }
+        self.shared.news.notify_one();
+    }
+
+    /// Returns when there is something that other agents should know at once,
+    /// and not only with the next regular report.
+    pub async fn news(&self) {
+        self.shared.news.notified().await;
     }
 
     /// What the pacer does now.
@@ -362,192 +420,4 @@ impl Inner {
             retransmits: f64::from(again) / f64::from(sent.max(20)),
         })
     }
-}
-
-/// What the thread remembers from one look to the next.
-struct Last {
-    at: Instant,
-    counters: Counters,
-    drawn: Drawn,
-    /// Since the wire factor was last corrected.
-    learn_from: (Drawn, u64),
-    stood_still: Option<Instant>,
-}
-
-fn run(shared: &Weak<Shared>, mut meter: Option<Box<dyn Measure>>) {
-    let mut last: Option<Last> = None;
-    loop {
-        let Some(strong) = shared.upgrade() else {
-            return;
-        };
-        strong.look(&mut meter, &mut last);
-        drop(strong);
-        thread::sleep(TICK);
-    }
-}
-
-impl Shared {
-    /// One turn: read, decide, set.
-    fn look(&self, meter: &mut Option<Box<dyn Measure>>, last: &mut Option<Last>) {
-        let at = Instant::now();
-        let counted = meter.as_mut().map(|meter| meter.counters());
-        let drawn = self.bucket.drawn();
-        let waiting = self.bucket.waiting();
-        let mut inner = self.lock();
-        let counters = match counted {
-            Some(Ok(counters)) => Some(counters),
-            Some(Err(error)) => {
-                if inner.status.unmetered.is_none() {
-                    tracing::error!(%error, "the meter cannot be read: only the floor is sent");
-                }
-                inner.status.unmetered = Some(error.to_string());
-                None
-            }
-            None => {
-                inner.status.unmetered = Some("no meter is attached".into());
-                None
-            }
-        };
-        let lost_meter = meter.is_some() && counters.is_none();
-        if counters.is_some() {
-            inner.status.unmetered = None;
-        }
-        let previous = last.get_or_insert_with(|| Last {
-            at,
-            counters: counters.unwrap_or_default(),
-            drawn,
-            learn_from: (drawn, migration_bytes(&counters.unwrap_or_default())),
-            stood_still: None,
-        });
-        let seconds = (at - previous.at).as_secs_f64().max(1e-3);
-        let capacity = inner.policy.capacity;
-        let own = match counters {
-            Some(counters) => {
-                self.learn(previous, &counters, drawn);
-                let tenant = |c: &Counters| c.get(Direction::Egress, false, false).bytes;
-                let since = |of: &dyn Fn(&Counters) -> u64| {
-                    of(&counters).saturating_sub(of(&previous.counters)) as f64 / seconds
-                };
-                Flow {
-                    migration: since(&migration_bytes),
-                    tenant: since(&tenant),
-                }
-            }
-            // The load is not known any more: reckon with a full link.
-            None if lost_meter => Flow {
-                migration: 0.0,
-                tenant: capacity,
-            },
-            None => Flow::default(),
-        };
-
-        let stop_drawn = drawn.stop_copy_bytes - previous.drawn.stop_copy_bytes;
-        if waiting.1 > 0 || stop_drawn > 0 {
-            previous.stood_still = Some(at);
-        }
-        // A moment longer, so that others do not take the link between chunks.
-        let stop_copy = previous
-            .stood_still
-            .is_some_and(|since| at - since < TICK * 2);
-        let precopy_drawn = drawn.precopy_bytes - previous.drawn.precopy_bytes;
-        let used = (precopy_drawn + stop_drawn) as f64 / seconds;
-        let held_back = drawn.held_back > previous.drawn.held_back || waiting.0 + waiting.1 > 0;
-        let wanted = if held_back {
-            capacity
-        } else {
-            (used * 1.25).min(capacity)
-        };
-
-        let now = at.saturating_duration_since(self.epoch);
-        let patience = Patience::for_interval(inner.policy.meter.report);
-        let lanes = inner.feel();
-        let (mut inbound, mut ours) = (None::<Inbound>, Default::default());
-        let own_rack = inner.identity.rack.clone();
-        inner.racks.retain(|name, rack| {
-            let sum = rack.sum(now, patience, capacity);
-            if *name == own_rack {
-                ours = sum;
-                return true;
-            }
-            if sum.agents > 0 {
-                let flow = sum.ingress;
-                let fuller =
-                    |other: Inbound| flow.migration + flow.tenant > other.migration + other.tenant;
-                if inbound.is_none_or(fuller) {
-                    inbound = Some(Inbound {
-                        tenant: flow.tenant,
-                        migration: flow.migration,
-                    });
-                }
-            }
-            sum != Default::default()
-        });
-        let decision = inner.control.tick(
-            now,
-            &Observed {
-                tenant: own.tenant + ours.egress.tenant,
-                used,
-                wanted,
-                others_wanted: ours.wanted.clone(),
-                stop_copy,
-                others_stop_copy: ours.stop_copy,
-                lanes,
-                inbound,
-            },
-        );
-        self.bucket.set_rates(decision.rates);
-
-        inner.status.tenant = own.tenant + ours.egress.tenant;
-        inner.status.migration = own.migration.max(used) + ours.egress.migration;
-        inner.status.rate = decision.rates.precopy;
-        inner.status.used = used;
-        inner.status.limit = decision.limit;
-        inner.status.queue = lanes.unwrap_or_default().queue;
-        inner.status.agents = ours.agents;
-
-        let load = |direction| {
-            let counters = counters.unwrap_or_default();
-            Load {
-                migration: counters.get(direction, false, true).bytes,
-                tenant: counters.get(direction, false, false).bytes,
-            }
-        };
-        inner.report.at_us = now.as_micros() as u64;
-        inner.report.metered = counters.is_some();
-        if counters.is_some() {
-            inner.report.egress = load(Direction::Egress);
-            inner.report.ingress = load(Direction::Ingress);
-        }
-        inner.report.wanted = wanted as u64;
-        inner.report.stop_copy = stop_copy;
-        inner.report.lanes = inner.lanes.len().min(u16::MAX.into()) as u16;
-
-        previous.at = at;
-        previous.drawn = drawn;
-        if let Some(counters) = counters {
-            previous.counters = counters;
-        }
-    }
-
-    /// Corrects the factor from payload to bytes on the wire.
-    fn learn(&self, last: &mut Last, counters: &Counters, drawn: Drawn) {
-        let (from, migration_from) = last.learn_from;
-        let granted =
-            drawn.precopy_bytes + drawn.stop_copy_bytes - from.precopy_bytes - from.stop_copy_bytes;
-        if granted < LEARN_BYTES {
-            return;
-        }
-        let counted = migration_bytes(counters).saturating_sub(migration_from);
-        last.learn_from = (drawn, migration_bytes(counters));
-        let old = f64::from(self.wire_factor.load(Ordering::Relaxed)) / 65_536.0;
-        // Outside this something else is counted too, or not everything is.
-        let seen = (old * counted as f64 / granted as f64).clamp(1.0, 1.25);
-        let new = old + 0.25 * (seen - old);
-        self.wire_factor.store(to_fixed(new), Ordering::Relaxed);
-    }
-}
-
-/// Migration's bytes out of this host across the core.
-fn migration_bytes(counters: &Counters) -> u64 {
-    counters.get(Direction::Egress, false, true).bytes
 }

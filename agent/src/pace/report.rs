@@ -124,11 +124,12 @@ impl Patience {
 
 impl RackLoad {
     /// Takes in a report that arrived `now`. One that is older than what is
-    /// known is ignored.
+    /// known is ignored. Returns whether a guest of that agent now stands
+    /// still and did not before: others make room for it at once.
     ///
     /// # Errors
     /// See [`ReportError`].
-    pub fn receive(&mut self, report: LoadReport, now: Duration) -> Result<(), ReportError> {
+    pub fn receive(&mut self, report: LoadReport, now: Duration) -> Result<bool, ReportError> {
         let named = |name: &str| !name.is_empty() && name.len() <= MAX_NAME;
         if !named(&report.host) || !named(&report.rack) {
             return Err(ReportError::Name);
@@ -143,16 +144,22 @@ impl RackLoad {
                 ingress: Flow::default(),
                 last: report,
             };
+            let stands_still = agent.last.stop_copy;
             self.agents.insert(agent.last.host.clone(), agent);
-            return Ok(());
+            return Ok(stands_still);
         };
+        if agent.last.boot == report.boot && report.seq <= agent.last.seq {
+            return Ok(false);
+        }
+        let stands_still = report.stop_copy && !agent.last.stop_copy;
         if agent.last.boot == report.boot {
-            if report.seq <= agent.last.seq {
-                return Ok(());
-            }
             let passed_us = report.at_us.saturating_sub(agent.last.at_us);
             if passed_us < MIN_INTERVAL_US {
-                return Ok(());
+                // Too short for a rate; what it says of itself counts.
+                agent.last.seq = report.seq;
+                agent.last.wanted = report.wanted;
+                agent.last.stop_copy = report.stop_copy;
+                return Ok(stands_still);
             }
             let seconds = passed_us as f64 / 1e6;
             agent.egress = flow(agent.last.egress, report.egress, seconds);
@@ -160,7 +167,7 @@ impl RackLoad {
         }
         agent.received = now;
         agent.last = report;
-        Ok(())
+        Ok(stands_still)
     }
 
     /// Adds up what is believed `now`. No agent is believed to want or to
@@ -226,6 +233,22 @@ mod tests {
 
     fn ms(n: u64) -> Duration {
         Duration::from_millis(n)
+    }
+
+    #[test]
+    fn a_guest_that_begins_to_stand_still_is_news_once() {
+        let mut rack = RackLoad::default();
+        let at = Duration::from_millis(1);
+        let mut next = report("h", 1, 10, 0);
+        next.stop_copy = false;
+        assert_eq!(rack.receive(next.clone(), at), Ok(false));
+        // The same moment: too short for a rate, not for the news.
+        (next.seq, next.stop_copy) = (2, true);
+        assert_eq!(rack.receive(next.clone(), at), Ok(true));
+        assert_eq!(rack.sum(at, PATIENCE, 1e9).stop_copy, 1);
+        (next.seq, next.at_us) = (3, 60_000);
+        assert_eq!(rack.receive(next.clone(), at), Ok(false));
+        assert_eq!(rack.receive(next, at), Ok(false));
     }
 
     #[test]

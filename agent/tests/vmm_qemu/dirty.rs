@@ -26,7 +26,7 @@ fn exactly_what_was_written(accel: Accel) {
         let vm = host.start(&define("vm", "64M", accel, RAM, &[])).await;
         let source = SourceVm::open(vm.launched.vmm().clone()).await.unwrap();
         let (mut log, quiesced) = source.start_log().await.unwrap();
-        assert!(quiesced.stopped > Duration::ZERO && quiesced.stopped < Duration::from_secs(1));
+        assert!(quiesced.stopped > Duration::ZERO);
         vm.guest.wait_ticking();
         let mut at = 0x300u32;
         for round in 1..=20u32 {

@@ -1,6 +1,6 @@
 //! Drover's own run of the benchmark: the same saves, adopted by agents.
 
-use super::{Moved, Rep, Variant, measured, route, vm_name};
+use super::{Moved, Rep, Variant, compares_ram, measured, route, vm_name};
 use crate::agentcfg::AgentOptions;
 use crate::check::HoldWatcher;
 use crate::drover::Cluster;
@@ -12,7 +12,8 @@ use anyhow::{Context, Result, bail};
 use drover::api::types::Outcome;
 
 /// Starts agents and the gang, migrates it, checks it, and ends all of it.
-/// With a tenant, all RAM is compared before the targets run.
+/// With some tenants ([`compares_ram`]) all RAM is compared before the targets
+/// run.
 ///
 /// # Errors
 /// When an agent does not come up, a VM does not arrive, or its guest finds
@@ -25,7 +26,7 @@ pub fn run(lab: &Lab, saves: &[Saved], variant: Variant, kind: Option<Kind>) -> 
 }
 
 fn with_agents(lab: &Lab, saves: &[Saved], variant: Variant, kind: Option<Kind>) -> Result<Rep> {
-    let hold = kind.map(|_| lab.run_dir().join("hold"));
+    let hold = compares_ram(kind).then(|| lab.run_dir().join("hold"));
     let watcher = hold.as_deref().map(HoldWatcher::start).transpose()?;
     let cluster = Cluster::start(
         lab,

@@ -3,8 +3,8 @@
 //!
 //! Every variant starts from the same saved guests. A *quiet* repetition
 //! measures bytes, time, stops and CPU. Further repetitions each carry one
-//! tenant flow; in those all guest RAM is compared at the switch, which would
-//! spoil the times of a quiet one.
+//! tenant flow; in those with a request/response or a bulk flow all guest RAM is
+//! compared at the switch, which would spoil what the others measure.
 
 pub mod bound;
 pub mod drover_gang;
@@ -256,6 +256,13 @@ pub fn kind_name(kind: Option<Kind>) -> &'static str {
         Some(Kind::Bulk) => "bulk",
         Some(Kind::Paced(_)) => "paced flow",
     }
+}
+
+/// Whether a repetition compares all guest RAM at the switch. Reading eight
+/// times a guest's RAM keeps both processors busy for a moment: that would
+/// spoil the times of a quiet repetition, and the intervals of a paced flow.
+pub fn compares_ram(kind: Option<Kind>) -> bool {
+    matches!(kind, Some(Kind::RequestResponse | Kind::Bulk))
 }
 
 /// The median, or `None` of nothing.

@@ -1,7 +1,7 @@
 //! The baselines: QEMU's own migration, all VMs of the gang at once, over TCP
 //! between the hosts.
 
-use super::{Moved, Rep, Variant, measured, route, vm_name};
+use super::{Moved, Rep, Variant, compares_ram, measured, route, vm_name};
 use crate::check;
 use crate::qemu::{Places, Vmm};
 use crate::save::Saved;
@@ -37,7 +37,7 @@ struct Times {
 /// # Errors
 /// When a VM fails, or its guest finds wrong data.
 pub fn run(lab: &Lab, saves: &[Saved], variant: Variant, kind: Option<Kind>) -> Result<Rep> {
-    let compare = kind.is_some();
+    let compare = compares_ram(kind);
     let mut pairs = Vec::new();
     for (i, saved) in saves.iter().enumerate() {
         pairs.push(pair(lab, saved, i, variant, compare)?);

@@ -292,7 +292,7 @@ fn a_shard_that_does_not_answer_in_time_means_yours_and_then_costs_nothing() {
     let start = Instant::now();
     let outcome = claim(&a2, "a1", fps(10), 2, SOON);
     assert!(
-        start.elapsed() >= SOON && start.elapsed() < SOON * 4,
+        start.elapsed() >= SOON && start.elapsed() < SOON * 40,
         "{:?}",
         start.elapsed()
     );
@@ -316,7 +316,7 @@ fn a_shard_that_does_not_answer_in_time_means_yours_and_then_costs_nothing() {
     drop(stalled);
     let start = Instant::now();
     while claim(&a2, "a1", fps(10), 2, LONG) == ClaimOutcome::NotInTime {
-        assert!(start.elapsed() < Duration::from_secs(8));
+        assert!(start.elapsed() < Duration::from_secs(60));
         std::thread::sleep(Duration::from_millis(20));
     }
 }

@@ -101,7 +101,7 @@ struct MeterKeys {
 const fn default_profile(name: ProfileName) -> Profile {
     let (share, floor, headroom, reaction_ms, probe_ms, queue_us, stop_copy) = match name {
         ProfileName::Background => (0.60, 0.01, 0.10, 500, 3000, 500, 0.60),
-        ProfileName::Normal => (0.97, 0.04, 0.04, 200, 1000, 1000, 0.90),
+        ProfileName::Normal => (0.97, 0.04, 0.04, 200, 1000, 1000, 0.60),
         ProfileName::Urgent => (0.98, 0.40, 0.02, 100, 300, 10_000, 0.98),
         ProfileName::Evacuate => (1.00, 1.00, 0.00, 100, 100, 0, 1.00),
     };
