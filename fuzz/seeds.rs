@@ -188,6 +188,7 @@ fn lanes(add: Add<'_>) {
     let ping = Prologue::control(Kind::Ping, 0).encode();
     for (name, compress, class) in [
         ("raw", Compress::Never, Class::Precopy),
+        ("sparse", Compress::Never, Class::Precopy),
         ("zstd", Compress::Always, Class::StopCopy),
     ] {
         let pool = BufferPool::new(4).expect("memory for four buffers");
@@ -211,6 +212,9 @@ fn lanes(add: Add<'_>) {
             let mut content = take();
             for slot in 0..entries.pages.len() {
                 *content.page_mut(slot) = page(slot);
+                if name == "sparse" {
+                    content.page_mut(slot)[200..4000].fill(0);
+                }
             }
             let staged = StagedBatch {
                 gang: GANG,

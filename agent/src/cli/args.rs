@@ -168,7 +168,7 @@ impl From<VerifyArg> for Verify {
 /// `--compress`
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum CompressArg {
-    /// Send content as it is.
+    /// Send content without compression (blocks of zeroes are left out all the same).
     Never,
     /// When the core link is the limit, not the CPU.
     Auto,

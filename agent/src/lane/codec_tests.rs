@@ -128,7 +128,7 @@ proptest! {
     }
 
     #[test]
-    fn arbitrary_bodies_of_batches_never_panic(body in vec(any::<u8>(), 28..300), flags in 0u8..4) {
+    fn arbitrary_bodies_of_batches_never_panic(body in vec(any::<u8>(), 28..300), flags in 0u8..8) {
         let mut bytes = b"DRVL\x01\x01".to_vec();
         bytes.extend_from_slice(&[flags, 0]);
         bytes.extend_from_slice(&(body.len() as u32).to_le_bytes());
@@ -415,6 +415,43 @@ fn a_compressed_frame_that_holds_more_or_less_than_it_says_is_an_error() {
             .decode(&prologue, body, |_| ())
             .unwrap_err();
         assert!(matches!(error, DecodeError::Length { .. }), "{error}");
+    }
+}
+
+#[test]
+fn what_is_not_compressed_travels_without_its_zeroes() {
+    let pool = BufferPool::new(2).unwrap();
+    let mut encoder = Encoder::new(EncodeConfig {
+        compress: Compress::Never,
+        ..EncodeConfig::default()
+    });
+    let mut staged = batch(&pool, 1, 0, 8, Class::Precopy);
+    let pages: Vec<_> = (0..8)
+        .map(|n| {
+            let mut page = page(n * 3);
+            page[n as usize * 512..].fill(0);
+            page
+        })
+        .collect();
+    for (slot, page) in pages.iter().enumerate() {
+        *staged.content.as_mut().unwrap().page_mut(slot) = *page;
+    }
+    let frame = encode(&mut encoder, staged, pool.take(Duration::ZERO).unwrap());
+    assert_eq!(frame.encoding, Encoding::Sparse);
+    let kept: usize = (0..8).map(|n| n * 512 + sparse::MAP).sum();
+    assert!(frame.to - frame.from < kept + BATCH_PREFIX + 100);
+
+    let bytes = &frame.buf.bytes()[frame.from..frame.to];
+    let (prologue, body) = split(bytes);
+    let mut decoder = Decoder::new(20);
+    decoder
+        .decode(&prologue, body, |batch| {
+            assert_eq!(batch.content, pages.concat());
+        })
+        .unwrap();
+    for cut in [body.len() - 1, body.len() - sparse::BLOCK, 40, 28] {
+        let error = decoder.decode(&prologue, &body[..cut], |_| ()).unwrap_err();
+        assert_eq!(error, DecodeError::Frame(FrameError::BadSparse), "{cut}");
     }
 }
 

@@ -5,6 +5,7 @@ use super::entries::Entries;
 use super::frame::{
     BatchPrefix, DecodedBatch, Direction, Encoding, FrameError, Kind, PROLOGUE_LEN, Prologue,
 };
+use super::sparse;
 use zstd::zstd_safe::{self, DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
 
 /// Why a batch frame could not be decoded.
@@ -63,6 +64,7 @@ impl Decoder {
         let (prefix, payload) = BatchPrefix::parse(prologue, body)?;
         let plain = match prologue.encoding {
             Encoding::Raw => payload,
+            Encoding::Sparse => self.fill_in(&prefix, payload)?,
             Encoding::Zstd { fresh } => self.inflate(&prefix, payload, fresh)?,
         };
         let (list, content) =
@@ -79,6 +81,18 @@ impl Decoder {
             entries: &entries,
             content,
         }))
+    }
+
+    /// Puts the zeroes back that were left out.
+    fn fill_in(&mut self, prefix: &BatchPrefix, payload: &[u8]) -> Result<&[u8], DecodeError> {
+        let (list, contents) = payload
+            .split_at_checked(prefix.list_len)
+            .ok_or(FrameError::BadSparse)?;
+        self.plain.resize(prefix.plain_len(), 0);
+        let (list_room, pages) = self.plain.split_at_mut(prefix.list_len);
+        list_room.copy_from_slice(list);
+        sparse::read(contents, pages)?;
+        Ok(&self.plain)
     }
 
     fn inflate(

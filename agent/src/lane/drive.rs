@@ -4,7 +4,7 @@
 use super::adapt::{Adapter, Saturation, Window};
 use super::batch::{BatchId, LaneEvent, LostBatch, StagedBatch};
 use super::encode::{Compress, EncodedFrame, Encoder, Job, Progress};
-use super::frame::{BatchHead, Encoding, Kind, PROLOGUE_LEN, Prologue, ReverseFrame};
+use super::frame::{BatchHead, Kind, PROLOGUE_LEN, Prologue, ReverseFrame};
 use super::inbox::Inbox;
 use super::ring::{Ring, RingConfig, SendMem};
 use super::send::{LaneError, LaneThread, RECV_BUFFERS, Unacked};
@@ -433,7 +433,7 @@ impl<'a> Connection<'a> {
         counters.pages.add(frame.pages as u64);
         counters.plain_bytes.add(frame.plain_len as u64);
         self.window.plain_bytes += frame.plain_len as u64;
-        if frame.encoding != Encoding::Raw {
+        if frame.encoding.is_compressed() {
             counters.batches_compressed.add(1);
             counters.pages_compressed.add(frame.pages as u64);
             self.compressed.insert(frame.head.batch);

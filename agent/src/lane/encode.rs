@@ -1,5 +1,5 @@
-//! From staged batch to frame: in place, or through the connection's zstd
-//! stream.
+//! From staged batch to frame: in place, without its blocks of zeroes, or
+//! through the connection's zstd stream.
 //!
 //! One zstd stream lasts as long as its connection: each frame is the next
 //! piece of it, ended by a flush, so that the pages of earlier frames are the
@@ -15,6 +15,7 @@ use super::batch::{BatchId, StagedBatch};
 use super::entries::{Entries, MAX_LIST_LEN};
 use super::frame::{BATCH_PREFIX, BatchHead, BatchPrefix, Encoding, FrameError};
 use super::pool::{HEADER_ROOM, PoolBuf};
+use super::sparse;
 use crate::types::{PAGE_SIZE, Round};
 use serde::{Deserialize, Serialize};
 use zstd::zstd_safe::{self, CCtx, CParameter, InBuffer, OutBuffer, ResetDirective};
@@ -209,8 +210,17 @@ impl Encoder {
         let head = batch.head();
         let pages = batch.entries.pages.len();
         if !compress {
-            let buf = batch.content.filter(|_| pages > 0).unwrap_or(spare);
-            return raw(head, &batch.entries, buf).map(Progress::Done);
+            let content = batch.content.filter(|_| pages > 0);
+            let maps = content
+                .as_ref()
+                .and_then(|buf| sparse::worthwhile(&buf.pages()[..pages * PAGE_SIZE]));
+            let frame = match (content, maps) {
+                (Some(content), Some(maps)) => {
+                    without_zeroes(head, &batch.entries, &content, &maps, spare)
+                }
+                (content, _) => raw(head, &batch.entries, content.unwrap_or(spare)),
+            };
+            return frame.map(Progress::Done);
         }
         let mut list = vec![0; MAX_LIST_LEN];
         let list_len = batch.entries.encode(&mut list)?;
@@ -355,6 +365,40 @@ fn raw(head: BatchHead, entries: &Entries, mut buf: PoolBuf) -> Result<EncodedFr
         encoding: Encoding::Raw,
         pages,
         plain_len,
+    })
+}
+
+/// Writes header, list and what is not zero of `content` to `out`.
+fn without_zeroes(
+    head: BatchHead,
+    entries: &Entries,
+    content: &PoolBuf,
+    maps: &[u64],
+    mut out: PoolBuf,
+) -> Result<EncodedFrame, EncodeError> {
+    let pages = entries.pages.len();
+    let bytes = out.bytes_mut();
+    let list_len = entries.encode(&mut bytes[BATCH_PREFIX..HEADER_ROOM])?;
+    let prefix = BatchPrefix {
+        head,
+        pages,
+        list_len,
+    };
+    let to = BATCH_PREFIX + list_len + sparse::len(maps);
+    let room = bytes
+        .get_mut(BATCH_PREFIX + list_len..to)
+        .ok_or(EncodeError::Room)?;
+    sparse::write(&content.pages()[..pages * PAGE_SIZE], maps, room);
+    let header = prefix.encode(Encoding::Sparse, to - BATCH_PREFIX);
+    bytes[..BATCH_PREFIX].copy_from_slice(&header);
+    Ok(EncodedFrame {
+        buf: out,
+        from: 0,
+        to,
+        head,
+        encoding: Encoding::Sparse,
+        pages,
+        plain_len: prefix.plain_len(),
     })
 }
 

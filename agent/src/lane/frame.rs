@@ -18,7 +18,8 @@
 //!
 //! `flags` of a Batch: bit 0 = list and contents are a piece of the
 //! connection's zstd stream, ended by a flush; bit 1 = that stream starts anew
-//! with this piece. `class`: 0 pre-copy, 1 stop-and-copy. Unknown versions,
+//! with this piece; bit 2 = contents without their blocks of zeroes
+//! ([`super::sparse`]), not together with the others. `class`: 0 pre-copy, 1 stop-and-copy. Unknown versions,
 //! kinds, flags and classes are refused, and so is any length beyond the cap
 //! of its kind, before a byte of the body is awaited.
 
@@ -51,6 +52,7 @@ pub const MAX_REVERSE_BODY: usize = 10 + MAX_NEEDS * 4;
 
 const FLAG_ZSTD: u8 = 1;
 const FLAG_FRESH: u8 = 2;
+const FLAG_SPARSE: u8 = 4;
 
 const _: () = assert!(BATCH_PREFIX + MAX_LIST_LEN <= HEADER_ROOM);
 const _: () = assert!(MAX_ACKS * 8 <= MAX_REVERSE_BODY && MAX_ERROR_TEXT <= MAX_REVERSE_BODY);
@@ -111,6 +113,9 @@ pub enum FrameError {
         /// Pages the VM has.
         ram_pages: u32,
     },
+    /// Maps and blocks of contents without zeroes do not go together.
+    #[error("the maps of a batch without its zeroes do not fit its length")]
+    BadSparse,
     /// The text of an Error frame is not UTF-8.
     #[error("an error frame holds no UTF-8 text")]
     BadText,
@@ -148,11 +153,20 @@ pub enum Kind {
 pub enum Encoding {
     /// As they are.
     Raw,
+    /// The list as it is, contents without their blocks of zeroes.
+    Sparse,
     /// As the next piece of the connection's zstd stream.
     Zstd {
         /// The stream starts anew with this piece.
         fresh: bool,
     },
+}
+
+impl Encoding {
+    /// Whether contents went through the compressor.
+    pub fn is_compressed(self) -> bool {
+        matches!(self, Encoding::Zstd { .. })
+    }
 }
 
 /// The start of every frame.
@@ -187,6 +201,7 @@ impl Prologue {
         out[5] = self.kind as u8;
         out[6] = match self.encoding {
             Encoding::Raw => 0,
+            Encoding::Sparse => FLAG_SPARSE,
             Encoding::Zstd { fresh: false } => FLAG_ZSTD,
             Encoding::Zstd { fresh: true } => FLAG_ZSTD | FLAG_FRESH,
         };
@@ -234,6 +249,7 @@ impl Prologue {
             (_, 0) => Encoding::Raw,
             (Kind::Batch, FLAG_ZSTD) => Encoding::Zstd { fresh: false },
             (Kind::Batch, 3) => Encoding::Zstd { fresh: true },
+            (Kind::Batch, FLAG_SPARSE) => Encoding::Sparse,
             _ => return Err(FrameError::BadFlags(flags)),
         };
         let class = match (kind, class) {

@@ -35,6 +35,7 @@ mod ring;
 mod send;
 pub mod set;
 mod setup;
+pub mod sparse;
 pub mod stats;
 pub mod tcp;
 mod waker;

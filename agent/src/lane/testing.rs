@@ -51,7 +51,7 @@ impl BatchSink for Ram {
             .lock()
             .unwrap()
             .push((batch.head.batch, batch.head.class));
-        if batch.encoding != Encoding::Raw {
+        if batch.encoding.is_compressed() {
             self.compressed.fetch_add(1, Ordering::Relaxed);
         }
         Ok(Placement::Placed)
