@@ -57,6 +57,7 @@ pub fn seeds(repository: &Path) -> Vec<Seed> {
     preambles(&mut add);
     rpc(&mut add);
     rack(&mut add);
+    records(&mut add);
     for (target, file) in [
         ("config_files", "agent.toml"),
         ("config_files", "policy.toml"),
@@ -78,7 +79,30 @@ pub fn seeds(repository: &Path) -> Vec<Seed> {
 
 type Add<'a> = &'a mut dyn FnMut(&'static str, &str, Vec<u8>);
 
+/// An agent's certificate; nobody has its key.
+const AGENT_PEM: &str = "\
+-----BEGIN CERTIFICATE-----\n\
+MIIBxjCCAW6gAwIBAgIUD2GvNjf4ZswAfnBPKxs94zCqD8swCgYIKoZIzj0EAwIw\n\
+GjEYMBYGA1UEAwwPRHJvdmVyIGFnZW50IGExMB4XDTI2MTEyNjEyMDY1N1oXDTM2\n\
+MTEyMzEyMDY1N1owGjEYMBYGA1UEAwwPRHJvdmVyIGFnZW50IGExMFkwEwYHKoZI\n\
+zj0CAQYIKoZIzj0DAQcDQgAEHZt5zqEgK2RwrsFbEKkpE6TqokWIT73fbWDhNuv8\n\
+6s3ITKnC2BC3a1r2Qciwv63tPYBlEs+0HRgQbjXRAJ+nhqOBkTCBjjAdBgNVHQ4E\n\
+FgQUMWJ3fdEdE/kCrlGMafPgsvxOEMcwHwYDVR0jBBgwFoAUMWJ3fdEdE/kCrlGM\n\
+afPgsvxOEMcwDwYDVR0TAQH/BAUwAwEB/zAcBgNVHREEFTAThhFkcm92ZXI6Ly9h\n\
+Z2VudC9hMTAdBgNVHSUEFjAUBggrBgEFBQcDAQYIKwYBBQUHAwIwCgYIKoZIzj0E\n\
+AwIDRgAwQwIgEX0EanFxeKdsJdohhzCUjuVNIQFKzchF7NbdI4cBQ/YCH2cB2/Zr\n\
+UTijVW7zxF0rLKL8qSuDwbUFxBz3BAG7Sw4=\n\
+-----END CERTIFICATE-----\n\
+";
+
 const TEXTS: &[(&str, &str, &str)] = &[
+    ("certificates", "agent.pem", AGENT_PEM),
+    (
+        "config_files",
+        "agent-plaintext.toml",
+        "name = \"a\"\nrack = \"A\"\nlisten = \"[::1]:7400\"\nstate_dir = \"s\"\nrun_dir = \"r\"\nram_dir = \"m\"\n\
+         secret_file = \"k\"\npolicy = \"p\"\nvm_definitions = \"v\"\n[tls]\nplaintext = true\n",
+    ),
     (
         "vm_files",
         "vm-json-argument.toml",
@@ -545,6 +569,18 @@ fn rack(add: Add<'_>) {
         assert!(bytes.len() < 2 * PAGE_SIZE);
         add("rack", name, bytes);
     }
+}
+
+/// Contents of records that get sealed; the first two bytes say so, and how
+/// they are cut.
+fn records(add: Add<'_>) {
+    let record = |kind: u8, content: &[u8]| [&[kind, content.len() as u8], content].concat();
+    let frames = [&[1, 6][..], &record(23, b"a frame"), &record(23, &[])].concat();
+    add("lane_records", "frames", frames);
+    let padded = [&[1, 200][..], &record(0, b"a frame\x17\0\0")].concat();
+    add("lane_records", "padded", padded);
+    let end = [&[1, 0][..], &record(23, b"last"), &record(21, &[1, 0])].concat();
+    add("lane_records", "end", end);
 }
 
 fn text(value: &impl Serialize) -> Vec<u8> {

@@ -7,7 +7,9 @@
 //! test can tell a seed that has gone stale.
 
 use drover::api::types::{AdoptVm, Cancel, MigrationRequest, RunVm};
-use drover::config::{AgentConfig, ByteSize, Checks, ClusterSecret, IpPrefix, Problems, is_name};
+use drover::config::{
+    AgentConfig, ByteSize, Checks, ClusterSecret, IpPrefix, Problems, TlsConfig, is_name,
+};
 use drover::gang::journal::parse_record;
 use drover::gang::message::{GangRequest, GangResponse};
 use drover::gang::plan::{MAX_VMS, Plan};
@@ -18,6 +20,7 @@ use drover::lane::frame::{
     BATCH_PREFIX, Direction, FrameError, Kind, MAX_ACKS, MAX_BATCH_BODY, MAX_ERROR_TEXT, MAX_NEEDS,
     MAX_REVERSE_BODY, PROLOGUE_LEN, Prologue, ReverseFrame,
 };
+use drover::lane::open::fuzz_records;
 use drover::lane::pool::PAGES_PER_BUF;
 use drover::lane::{Encoding, Entries};
 use drover::net::Hello;
@@ -30,6 +33,7 @@ use drover::net::rpc::{Envelope, RpcLimits};
 use drover::pace::meter::Prefix;
 use drover::pace::policy::{self, ProfileName};
 use drover::pace::report::{LoadReport, Patience, RackLoad};
+use drover::pki::{AGENT_URI, Certificate, CertificateFile, TlsFiles};
 use drover::types::PAGE_SIZE;
 use drover::vmm::definition::{Definition, VmPaths, check_name, parse_size};
 use drover::vmm::maps::parse_maps;
@@ -52,6 +56,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("lane_stream", lane_stream),
     ("lane_entries", lane_entries),
     ("lane_reverse", lane_reverse),
+    ("lane_records", lane_records),
+    ("certificates", certificates),
     ("preamble", preamble),
     ("rpc", rpc),
     ("rack", rack),
@@ -72,6 +78,29 @@ pub static KEY: LazyLock<MembershipKey> =
 
 /// The nonce that answers in the corpus belong to.
 pub const NONCE: [u8; 16] = [7; 16];
+
+/// TLS records of a lane, as they come from anybody and as they come from who
+/// has the keys: one record of memory, and content comes out only of records
+/// that say they have some.
+pub fn lane_records(bytes: &[u8]) -> bool {
+    fuzz_records(bytes)
+}
+
+/// Certificates: of a peer, which TLS has checked already, and PEM files.
+pub fn certificates(bytes: &[u8]) -> bool {
+    let parsed = Certificate::parse(bytes);
+    if let Ok(certificate) = &parsed {
+        let named = certificate.agent();
+        assert_eq!(named.is_ok(), certificate.agents.len() == 1);
+        assert!(named.is_err() || !certificate.agents[0].starts_with(AGENT_URI));
+        assert_eq!(certificate.fingerprint_hex().len(), 64);
+    }
+    let file = CertificateFile::parse_pem(bytes);
+    if let Ok((der, parsed)) = &file {
+        assert!(!der.is_empty() && der.len() == parsed.len());
+    }
+    parsed.is_ok() || file.is_ok()
+}
 
 /// How long pieces are in which a stream is delivered a second time.
 fn step(bytes: &[u8]) -> usize {
@@ -366,6 +395,10 @@ fn check_config(config: &AgentConfig) {
     assert!(is_name(&config.name) && is_name(&config.rack));
     assert_ne!(config.listen.port(), 0);
     assert!(((32 << 20)..=(64 << 30)).contains(&config.data_memory));
+    let tls = match &config.tls {
+        TlsConfig::Files(TlsFiles { ca, cert, key }) => vec![ca, cert, key],
+        TlsConfig::Plaintext => Vec::new(),
+    };
     for path in [
         &config.api_socket,
         &config.state_dir,
@@ -376,6 +409,7 @@ fn check_config(config: &AgentConfig) {
         &config.vm_definitions,
     ]
     .into_iter()
+    .chain(tls)
     .chain(&config.qemu_binaries)
     .chain(&config.hold_at_switch)
     {

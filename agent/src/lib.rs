@@ -16,5 +16,7 @@ pub mod gang;
 pub mod lane;
 pub mod net;
 pub mod pace;
+pub mod pki;
+pub mod private_file;
 pub mod types;
 pub mod vmm;

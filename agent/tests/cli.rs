@@ -178,6 +178,7 @@ fn info(outcome: Option<Outcome>) -> MigrationInfo {
             error: None,
         }],
         error: None,
+        warnings: Vec::new(),
     };
     MigrationInfo {
         progress: GangProgress {
@@ -339,4 +340,62 @@ fn wrong_input_exits_with_2_and_a_missing_agent_with_3() {
     let (code, _, stderr) = run(&init);
     assert_eq!(code, 1);
     assert!(stderr.contains("exists already"), "{stderr}");
+}
+
+#[test]
+fn two_commands_make_a_cluster_ready_and_agents_accept_what_they_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let pki = path("pki");
+    assert_eq!(run(&["pki", "init", &pki, "--cluster", "lab"]).0, 0);
+    let (code, stdout, stderr) = run(&["pki", "issue", &pki, "a1", "Rack_2.host-7"]);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.contains("agents/a1, valid until 20"), "{stdout}");
+    for (args, wanted) in [
+        (&["pki", "init", &pki][..], "exists already"),
+        (&["pki", "issue", &pki, "a1"], "drover pki renew"),
+        (&["pki", "issue", &pki, "a/1"], "not a name"),
+        (&["pki", "renew", &pki, "b1"], "drover pki issue"),
+        (&["pki", "show", &path("nothing")], "nothing"),
+    ] {
+        let (code, _, stderr) = run(args);
+        assert!(code == 1 || code == 2, "{args:?}");
+        assert!(stderr.contains(wanted), "{wanted}: {stderr}");
+    }
+    let show = |what: &str| -> Vec<serde_json::Value> {
+        let (code, stdout, stderr) = run(&["pki", "show", what, "--json"]);
+        assert_eq!(code, 0, "{stderr}");
+        serde_json::from_str(&stdout).unwrap()
+    };
+    let shown = show(&pki);
+    let agents: Vec<_> = shown.iter().map(|c| c["agent"].as_str()).collect();
+    assert_eq!(agents, [None, Some("Rack_2.host-7"), Some("a1")]);
+    assert!(shown.iter().all(|c| c["valid"] == true));
+    let before = show(&path("pki/agents/a1"))[1]["fingerprint"].clone();
+    assert_eq!(run(&["pki", "renew", &pki]).0, 0);
+    assert_ne!(show(&path("pki/agents/a1"))[1]["fingerprint"], before);
+
+    // A bundle is all that an agent's configuration wants.
+    let bundle = dir.path().join("pki/agents/a1");
+    for made in ["vms", "run"] {
+        std::fs::create_dir(bundle.join(made)).unwrap();
+    }
+    std::fs::write(bundle.join("policy.toml"), "").unwrap();
+    let config = bundle.join("agent.toml");
+    std::fs::write(
+        &config,
+        "name = \"a1\"\nrack = \"A\"\nlisten = \"127.0.0.1:7400\"\napi_socket = \"run/api.sock\"\n\
+         state_dir = \"run/state\"\nrun_dir = \"run/vms\"\nram_dir = \"run/ram\"\nsecret_file = \"secret\"\n\
+         policy = \"policy.toml\"\nvm_definitions = \"vms\"\n\
+         [tls]\nca = \"ca.pem\"\ncert = \"cert.pem\"\nkey = \"key.pem\"\n",
+    )
+    .unwrap();
+    let check = || run(&["config", "check", config.to_str().unwrap()]);
+    let (code, _, stderr) = check();
+    assert_eq!(code, 0, "{stderr}");
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o640);
+    std::fs::set_permissions(bundle.join("key.pem"), open).unwrap();
+    let (code, _, stderr) = check();
+    assert_eq!(code, 2);
+    assert!(stderr.contains("chmod 0600"), "{stderr}");
 }

@@ -4,9 +4,10 @@
 use crate::qemu::{Guest, Places, QEMU};
 use crate::topology::{Host, Lab, rack_prefix};
 use anyhow::{Context, Result};
+use drover::config::ClusterSecret;
+use drover::pki;
 use std::fmt::Write;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// The port of all agents.
@@ -17,6 +18,8 @@ pub const PORT: u16 = 7400;
 pub struct AgentOptions {
     /// Wait at each VM's switch until the lab has compared its RAM.
     pub hold_at_switch: Option<PathBuf>,
+    /// Do without TLS: the product never does unless told to.
+    pub plaintext: bool,
     /// Use the eBPF meter; policies without it pace by queueing alone.
     pub meter: bool,
     /// Further lines for `policy.toml`.
@@ -29,6 +32,7 @@ impl Default for AgentOptions {
     fn default() -> AgentOptions {
         AgentOptions {
             hold_at_switch: None,
+            plaintext: false,
             meter: true,
             policy: String::new(),
             log: "info".into(),
@@ -93,6 +97,13 @@ pub fn write(lab: &Lab, host: &Host, options: &AgentOptions) -> Result<AgentFile
     for folder in [&files.definitions, &files.run_dir, &files.ram_dir, &state] {
         fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
     }
+    if !options.plaintext {
+        let bundle = pki_dir(lab).join(pki::AGENTS_DIR).join(&host.name);
+        if !bundle.exists() {
+            pki::issue(&pki_dir(lab), &host.name, pki::AGENT_DAYS)?;
+        }
+        install(&bundle, host)?;
+    }
     fs::write(&files.policy, policy(lab, options))?;
     fs::write(&files.config, config(lab, host, &files, &state, options))?;
     Ok(files)
@@ -117,7 +128,7 @@ fn config(
         state,
         files.run_dir,
         files.ram_dir,
-        lab.run_dir().join("secret"),
+        pki_dir(lab).join(pki::SECRET_FILE),
         rack_prefix(host.rack),
         files.policy,
         files.definitions,
@@ -130,6 +141,17 @@ fn config(
             peer.name,
             peer.rack_name(),
             peer.addr
+        );
+    }
+    if options.plaintext {
+        out.push_str("\n[tls]\nplaintext = true\n");
+    } else {
+        let _ = write!(
+            out,
+            "\n[tls]\nca = {:?}\ncert = {:?}\nkey = {:?}\n",
+            pki::CA_FILE,
+            pki::CERT_FILE,
+            pki::KEY_FILE
         );
     }
     if let Some(dir) = &options.hold_at_switch {
@@ -145,20 +167,35 @@ fn policy(lab: &Lab, options: &AgentOptions) -> String {
     )
 }
 
-/// Makes the cluster secret, the same for all agents of the lab.
+/// Makes the cluster's authority and secret, the same for all agents of the
+/// lab. A lab that has them keeps them.
 ///
 /// # Errors
-/// When it cannot be written.
-pub fn write_secret(lab: &Lab) -> Result<()> {
-    let path = lab.run_dir().join("secret");
-    let mut random = [0; 32];
-    std::io::Read::read_exact(&mut fs::File::open("/dev/urandom")?, &mut random)?;
-    let hex: String = random.iter().map(|b| format!("{b:02x}")).collect();
-    fs::write(&path, hex + "\n")?;
-    Ok(fs::set_permissions(
-        &path,
-        fs::Permissions::from_mode(0o600),
-    )?)
+/// When they cannot be written.
+pub fn write_pki(lab: &Lab) -> Result<()> {
+    let dir = pki_dir(lab);
+    if !dir.exists() {
+        pki::init(&dir, "lab")?;
+        ClusterSecret::create(&dir.join(pki::SECRET_FILE))?;
+    }
+    Ok(())
+}
+
+/// Where the lab's operator has the authority and the agents' bundles.
+pub fn pki_dir(lab: &Lab) -> PathBuf {
+    lab.run_dir().join("pki")
+}
+
+/// Copies an agent's bundle to its host, as an operator would.
+///
+/// # Errors
+/// When it cannot be copied.
+pub fn install(bundle: &Path, host: &Host) -> Result<()> {
+    for file in [pki::CA_FILE, pki::CERT_FILE, pki::KEY_FILE] {
+        let from = bundle.join(file);
+        fs::copy(&from, host.run_dir.join(file)).with_context(|| from.display().to_string())?;
+    }
+    Ok(())
 }
 
 /// The definition of a VM. Besides the agent's monitor the VMM gets one for

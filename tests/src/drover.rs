@@ -201,7 +201,7 @@ impl Cluster {
     /// # Errors
     /// When one does not come up; the message holds its log.
     pub fn start(lab: &Lab, options: AgentOptions) -> Result<Cluster> {
-        agentcfg::write_secret(lab)?;
+        agentcfg::write_pki(lab)?;
         let mut agents = Vec::new();
         for host in &lab.hosts {
             agents.push(Agent::spawn(host, agentcfg::write(lab, host, &options)?)?);

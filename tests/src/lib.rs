@@ -12,6 +12,7 @@
 pub mod agentcfg;
 pub mod bench;
 pub mod cache;
+pub mod capture;
 pub mod check;
 pub mod cpu;
 pub mod demo;

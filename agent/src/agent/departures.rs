@@ -14,7 +14,7 @@ use crate::gang::rounds::RoundLimits;
 use crate::gang::scan::Scan;
 use crate::gang::source::SourceGang;
 use crate::gang::stage::StageShared;
-use crate::lane::{self, Connector, EncodeConfig, LaneSetConfig};
+use crate::lane::{self, Connector, EncodeConfig, LaneSetConfig, LaneStream};
 use crate::net::{Kind, connect};
 use crate::pace::policy::Then;
 use crate::types::{Class, GangId, VmIndex};
@@ -294,7 +294,7 @@ fn open_lane(
     roster: &Arc<crate::net::Roster>,
     target: &str,
     gang: GangId,
-) -> io::Result<std::net::TcpStream> {
+) -> io::Result<LaneStream> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
@@ -302,7 +302,8 @@ fn open_lane(
         let stream = connect(roster, target, Kind::Lane, gang, 0, LANE_CONNECT)
             .await
             .map_err(|e| io::Error::other(chain(&e)))?;
-        stream.into_blocking()
+        let lane = stream.into_lane()?;
+        LaneStream::new(lane.tcp, lane.secrets)
     })
 }
 

@@ -3,7 +3,7 @@
 use super::Agent;
 use crate::gang::message::{GangRequest, GangResponse};
 use crate::gang::target::LaneSink;
-use crate::lane::{LaneReceiver, ReceiveConfig};
+use crate::lane::{LaneReceiver, LaneStream, ReceiveConfig};
 use crate::net::rpc::{self, RpcHandler, RpcLimits};
 use crate::net::{ConnectionHandler, Hello, Incoming, Kind};
 use crate::types::VmIndex;
@@ -82,7 +82,8 @@ impl Agent {
             return;
         };
         gang.touch();
-        let stream = match incoming.stream.into_blocking() {
+        let lane = incoming.stream.into_lane();
+        let stream = match lane.and_then(|lane| LaneStream::new(lane.tcp, lane.secrets)) {
             Ok(stream) => stream,
             Err(error) => {
                 tracing::warn!(%peer, %error, "lane cannot be taken over");

@@ -27,11 +27,12 @@ use crate::lane::pool::BUF_LEN;
 use crate::net::listener::ListenError;
 use crate::net::rack::{RackError, RackLimits, RackService};
 use crate::net::rpc::{RpcClient, RpcLimits};
-use crate::net::{Listener, ListenerLimits, Roster};
+use crate::net::{Listener, ListenerLimits, Roster, Security};
 use crate::pace::meter::Measure;
 use crate::pace::pacer::Identity;
 use crate::pace::policy::{Policy, PolicyError, check_meter};
 use crate::pace::{LoadReport, Meter, MeterConfig, Pacer, PolicyWatch};
+use crate::pki::PkiError;
 use crate::types::GangId;
 use data::DataPlane;
 use gangs::LocalGang;
@@ -41,12 +42,14 @@ use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-/// How often the policy file is looked at.
-const POLICY_PACE: Duration = Duration::from_secs(1);
+/// How often the policy and TLS files are looked at.
+const FILES_PACE: Duration = Duration::from_secs(1);
+/// How often what is wrong with this agent's protection is repeated in the log.
+const WARN_PACE: Duration = Duration::from_secs(3600);
 /// How often target gangs give up what is overdue.
 const TICK: Duration = Duration::from_millis(50);
 
@@ -56,6 +59,9 @@ pub enum AgentError {
     /// No cluster secret.
     #[error("cannot use the cluster secret")]
     Secret(#[from] SecretError),
+    /// No certificate and key.
+    #[error("cannot use this agent's certificate")]
+    Tls(#[from] PkiError),
     /// The secret is not one that fingerprint keys can be derived from.
     #[error("cannot derive keys from the cluster secret")]
     Keys(#[from] fingerprint::SecretError),
@@ -124,7 +130,7 @@ pub(crate) struct Agent {
 pub fn run(config: AgentConfig) -> Result<(), AgentError> {
     let cluster = ClusterSecret::load(&config.secret_file)?;
     let secret = fingerprint::ClusterSecret::from_bytes(cluster.as_bytes().to_vec())?;
-    let roster = Arc::new(Roster::from_config(&config, &cluster));
+    let roster = Arc::new(Roster::from_config(&config, &cluster)?);
     let policy = PolicyWatch::open(&config.policy)?;
     check_meter(&policy.policy(), policy.path())?;
     let journal = Journal::open(&config.state_dir)?;
@@ -240,17 +246,25 @@ impl Agent {
 
     /// Policy changes, overdue fetches, gangs whose other side is gone.
     async fn keep_time(self: Rc<Self>) {
-        let mut policy_at = Instant::now();
+        let mut files_at = Instant::now();
+        let mut warned: Option<Instant> = None;
         loop {
             tokio::time::sleep(TICK).await;
             for gang in self.open_gangs() {
                 gang.tick();
             }
-            if policy_at.elapsed() < POLICY_PACE {
+            if files_at.elapsed() < FILES_PACE {
                 continue;
             }
-            policy_at = Instant::now();
+            files_at = Instant::now();
             self.reap().await;
+            self.poll_tls();
+            if warned.is_none_or(|at| at.elapsed() > WARN_PACE) {
+                warned = Some(Instant::now());
+                for warning in self.roster.security().warnings(SystemTime::now()) {
+                    tracing::warn!("{warning}");
+                }
+            }
             let polled = self.policy.borrow_mut().poll();
             match polled {
                 Ok(Some(policy)) => {
@@ -260,6 +274,27 @@ impl Agent {
                 }
                 Ok(None) => {}
                 Err(error) => tracing::error!(error = %chain(&error), "policy not taken over"),
+            }
+        }
+    }
+
+    /// Takes over certificates that were renewed.
+    fn poll_tls(&self) {
+        let Security::Tls(store) = self.roster.security() else {
+            return;
+        };
+        match store.poll() {
+            Ok(None) => {}
+            Ok(Some(tls)) => {
+                let certificate = tls.credentials().certificate();
+                tracing::info!(
+                    fingerprint = %certificate.fingerprint_hex(),
+                    expires = %crate::pki::date(certificate.not_after),
+                    "TLS files changed; new connections use them"
+                );
+            }
+            Err(error) => {
+                tracing::error!(error = %chain(&error), "TLS files changed and are not taken over");
             }
         }
     }

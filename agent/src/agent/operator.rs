@@ -13,6 +13,7 @@ use crate::pace::ProfileName;
 use crate::types::{GangId, VmIndex};
 use std::path::Path;
 use std::rc::Rc;
+use std::time::SystemTime;
 use tokio::sync::mpsc;
 
 /// Downtime limit where the operator gives none, milliseconds.
@@ -79,10 +80,17 @@ impl Agent {
                 None => self.config.uplinks.clone(),
                 Some(_) => Vec::new(),
             },
+            tls: report::tls_status(self.roster.security()),
+            warnings: self.warnings(),
             core: report::core_load(&self.core_state()),
             lanes: self.lane_totals(),
             migrations: self.migrations(),
         }
+    }
+
+    /// What every status and report says of this agent.
+    fn warnings(&self) -> Vec<String> {
+        self.roster.security().warnings(SystemTime::now())
     }
 
     async fn list_vms(&self) -> Vec<VmInfo> {
@@ -271,7 +279,7 @@ impl Agent {
         let state = self.find_run(id)?.snapshot();
         Ok(MigrationInfo {
             progress: report::progress(&state),
-            report: state.ended.then(|| report::report(&state)),
+            report: state.ended.then(|| report::report(&state, self.warnings())),
         })
     }
 

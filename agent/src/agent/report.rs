@@ -4,13 +4,15 @@ use super::Agent;
 use crate::api::metrics::MetricsText;
 use crate::api::types::{
     CoreLoad, GangPhase, GangProgress, GangReport, LaneCounters, LoadSource, Outcome, PeerStatus,
-    VmOutcome, VmPhase, VmProgress, VmReport,
+    TlsStatus, VmOutcome, VmPhase, VmProgress, VmReport,
 };
 use crate::gang::coordinator::GangState;
 use crate::gang::message::{CoreState, Phase, VmState};
 use crate::gang::source::SourceGang;
+use crate::net::Security;
 use crate::net::rpc::PeerState;
 use crate::types::PAGE_SIZE;
+use std::time::UNIX_EPOCH;
 
 /// How far a gang is.
 pub(super) fn progress(state: &GangState) -> GangProgress {
@@ -63,7 +65,7 @@ fn vm_phase(phase: Phase) -> VmPhase {
 }
 
 /// How it ended.
-pub(super) fn report(state: &GangState) -> GangReport {
+pub(super) fn report(state: &GangState, warnings: Vec<String>) -> GangReport {
     let count = |phase| state.vms.iter().filter(|vm| vm.phase == phase).count();
     let arrived = count(Phase::Arrived);
     GangReport {
@@ -83,6 +85,24 @@ pub(super) fn report(state: &GangState) -> GangReport {
         core_bytes: state.core_bytes,
         vms: state.vms.iter().map(|vm| vm_report(state, vm)).collect(),
         error: None,
+        warnings,
+    }
+}
+
+/// How this agent's connections are protected.
+pub(super) fn tls_status(security: &Security) -> TlsStatus {
+    let store = match security {
+        Security::Plaintext => None,
+        Security::Tls(store) => Some(store.current()),
+    };
+    let certificate = store.as_ref().map(|tls| tls.credentials().certificate());
+    TlsStatus {
+        encrypted: certificate.is_some(),
+        fingerprint: certificate.map(|c| c.fingerprint_hex()),
+        expires_s: certificate.and_then(|c| {
+            let expires = c.not_after.duration_since(UNIX_EPOCH).ok()?;
+            Some(expires.as_secs())
+        }),
     }
 }
 
@@ -190,6 +210,13 @@ impl Agent {
             [(vec![], self.vms.len())],
         )
         .gauge("drover_gangs", "Gangs open here", [(vec![], gangs.len())])
+        .gauge(
+            "drover_tls_certificate_expires_seconds",
+            "When this agent's certificate expires, s since 1970; none without TLS",
+            tls_status(self.roster.security())
+                .expires_s
+                .map(|at| (vec![], at)),
+        )
         .counter(
             "drover_core_bytes_total",
             "Migration bytes across the core, both directions, on the wire",

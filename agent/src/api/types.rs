@@ -300,6 +300,9 @@ pub struct GangReport {
     /// Why the gang failed as a whole.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<String>,
+    /// What its operator should know, such as that nothing was encrypted.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub warnings: Vec<String>,
 }
 
 /// Report of one VM.
@@ -352,12 +355,30 @@ pub struct StatusInfo {
     pub peers: Vec<PeerStatus>,
     /// Uplinks with a working meter.
     pub metered_uplinks: Vec<String>,
+    /// How connections to other agents are protected.
+    pub tls: TlsStatus,
+    /// What the operator should do something about.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub warnings: Vec<String>,
     /// The core link.
     pub core: CoreLoad,
     /// Sends of all lanes so far.
     pub lanes: LaneCounters,
     /// Migrations this agent coordinates or takes part in, newest first.
     pub migrations: Vec<GangProgress>,
+}
+
+/// How connections to other agents are protected.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TlsStatus {
+    /// Whether they are encrypted.
+    pub encrypted: bool,
+    /// SHA-256 of this agent's certificate, in hexadecimal digits.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub fingerprint: Option<String>,
+    /// When it expires, in seconds since 1970.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub expires_s: Option<u64>,
 }
 
 /// Another agent, as seen from this one.
@@ -411,6 +432,7 @@ mod tests {
                 error: None,
             }],
             error: None,
+            warnings: Vec::new(),
         };
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!(

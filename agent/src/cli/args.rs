@@ -81,6 +81,12 @@ pub enum Command {
         #[command(subcommand)]
         command: SecretCommand,
     },
+    /// Make, renew and show the certificates agents know each other by.
+    Pki {
+        /// What to do.
+        #[command(subcommand)]
+        command: PkiCommand,
+    },
     /// Measure parts of Drover on this machine.
     Bench {
         /// What to measure.
@@ -218,6 +224,55 @@ pub enum SecretCommand {
         /// The file to make; must not exist.
         #[arg(default_value = "/etc/drover/secret")]
         file: PathBuf,
+    },
+}
+
+/// `drover pki`
+#[derive(Debug, Subcommand)]
+pub enum PkiCommand {
+    /// Make a cluster's authority, and its secret, in a new directory. Keep that
+    /// away from the hosts: whoever has it can be any agent.
+    Init {
+        /// The directory to make.
+        dir: PathBuf,
+        /// The cluster's name, to tell authorities apart.
+        #[arg(long, value_name = "NAME", default_value = "drover")]
+        cluster: String,
+    },
+    /// Make the bundles of agents: certificate, key, the authority's
+    /// certificate and the cluster secret, in DIR/agents/NAME, to be copied to
+    /// /etc/drover of each host.
+    Issue {
+        /// The directory of `drover pki init`.
+        dir: PathBuf,
+        /// The agents, by the `name` of their agent.toml.
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+        /// How long the certificates are valid.
+        #[arg(long, value_name = "DAYS", default_value_t = crate::pki::AGENT_DAYS, value_parser = clap::value_parser!(u32).range(1..=3650))]
+        days: u32,
+    },
+    /// Make new certificates and keys for agents that have some, in the same
+    /// place. Running agents take them over when they are copied to their hosts.
+    Renew {
+        /// The directory of `drover pki init`.
+        dir: PathBuf,
+        /// The agents; all if none is named.
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
+        /// How long the certificates are valid.
+        #[arg(long, value_name = "DAYS", default_value_t = crate::pki::AGENT_DAYS, value_parser = clap::value_parser!(u32).range(1..=3650))]
+        days: u32,
+    },
+    /// Show whose certificates these are, until when they are valid, and their
+    /// fingerprints.
+    Show {
+        /// The directory of `drover pki init`, a bundle, or a certificate.
+        #[arg(default_value = "/etc/drover")]
+        path: PathBuf,
+        /// Print a JSON array.
+        #[arg(long)]
+        json: bool,
     },
 }
 

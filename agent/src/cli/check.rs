@@ -4,8 +4,10 @@
 use super::error::with_causes;
 use super::{CliError, ExitCode};
 use crate::config::{AgentConfig, Checks, ClusterSecret, LogConfig, LogFormat};
+use crate::net::Security;
 use crate::pace::policy::{self, PolicyError};
 use std::path::Path;
+use std::time::SystemTime;
 
 /// `drover agent`
 pub(super) fn run_agent(file: &Path) -> Result<ExitCode, CliError> {
@@ -48,6 +50,14 @@ pub(super) fn config(file: &Path, file_only: bool) -> Result<ExitCode, CliError>
         config.rack,
         config.peers.len()
     );
+    // Good enough to run, but to be told.
+    if checks == Checks::Host
+        && let Ok(security) = Security::open(&config.tls, &config.name)
+    {
+        for warning in security.warnings(SystemTime::now()) {
+            println!("WARNING: {warning}");
+        }
+    }
     Ok(ExitCode::Ok)
 }
 

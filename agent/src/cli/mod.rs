@@ -5,12 +5,15 @@ mod bench;
 mod check;
 mod error;
 mod migrate;
+mod pki;
 pub mod render;
 mod vms;
 
 pub use error::{CliError, ExitCode};
 
-use args::{BenchCommand, Cli, Command, ConfigCommand, PolicyCommand, SecretCommand, VmCommand};
+use args::{
+    BenchCommand, Cli, Command, ConfigCommand, PkiCommand, PolicyCommand, SecretCommand, VmCommand,
+};
 use clap::Parser;
 
 /// Runs the command line; returns the process's exit code.
@@ -50,6 +53,12 @@ fn run(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Secret {
             command: SecretCommand::Init { file },
         } => check::secret(&file),
+        Command::Pki { command } => match command {
+            PkiCommand::Init { dir, cluster } => pki::init(&dir, &cluster),
+            PkiCommand::Issue { dir, names, days } => pki::issue(&dir, &names, days),
+            PkiCommand::Renew { dir, names, days } => pki::renew(&dir, names, days),
+            PkiCommand::Show { path, json } => pki::show(&path, json),
+        },
         Command::Bench { command } => {
             let (BenchCommand::Fingerprint { json }
             | BenchCommand::Claims { json }

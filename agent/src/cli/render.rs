@@ -4,6 +4,7 @@
 use crate::api::types::*;
 use comfy_table::{CellAlignment, Table, presets};
 use std::fmt::Write;
+use std::time::{Duration, UNIX_EPOCH};
 
 /// Columns of a terminal that everything fits in.
 pub const WIDTH: usize = 80;
@@ -183,6 +184,7 @@ pub fn report(report: &GangReport) -> String {
     if let Some(error) = &report.error {
         let _ = writeln!(text, "{}: {error}", report.gang);
     }
+    text.push_str(&warnings(&report.warnings));
     text
 }
 
@@ -247,8 +249,10 @@ pub fn status(status: &StatusInfo) -> String {
         "agent {} in rack {}, drover {}, up {up}, {} VMs",
         status.agent, status.rack, status.version, status.vms
     );
+    text.push_str(&warnings(&status.warnings));
     let _ = writeln!(text, "{}", core_line(&status.core));
     let _ = writeln!(text, "uplinks        {meter}");
+    let _ = writeln!(text, "connections    {}", tls(&status.tls));
     let lanes = &status.lanes;
     let _ = writeln!(
         text,
@@ -280,6 +284,30 @@ pub fn status(status: &StatusInfo) -> String {
         }
     }
     text
+}
+
+/// How connections are protected.
+fn tls(tls: &TlsStatus) -> String {
+    if !tls.encrypted {
+        return "NOT encrypted".to_owned();
+    }
+    let fingerprint = tls.fingerprint.as_deref().unwrap_or("?");
+    let until = match tls.expires_s {
+        Some(s) => crate::pki::date(UNIX_EPOCH + Duration::from_secs(s.min(1 << 37))),
+        None => "?".to_owned(),
+    };
+    format!(
+        "TLS 1.3, certificate {:.16} until {until}",
+        fit(fingerprint, 64)
+    )
+}
+
+/// What nobody should overlook; not cut to the width of a terminal.
+fn warnings(warnings: &[String]) -> String {
+    warnings.iter().fold(String::new(), |mut text, warning| {
+        let _ = writeln!(text, "WARNING        {}", fit(warning, usize::MAX));
+        text
+    })
 }
 
 fn table<const N: usize>(head: [&str; N]) -> Table {

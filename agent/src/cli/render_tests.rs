@@ -119,6 +119,7 @@ fn a_report() {
             vm("web2", VmOutcome::Failed, Some("lost agent b2")),
         ],
         error: None,
+        warnings: vec!["connections are NOT encrypted".to_owned()],
     };
     let text = report(&gang);
     fits(&text);
@@ -130,7 +131,8 @@ fn a_report() {
          \n\
          web: 1 of 2 VMs arrived in 4.3 s; 162.1 MiB crossed the core link\n\
          pages: 20 sent, 10 by reference, 6 zero, 2 unchanged\n\
-         web2: lost agent b2\n"
+         web2: lost agent b2\n\
+         WARNING        connections are NOT encrypted\n"
     );
 }
 
@@ -183,6 +185,12 @@ fn the_status() {
             peer("b2", "connection refused; is the agent running there?"),
         ],
         metered_uplinks: vec!["eth0".to_owned()],
+        tls: TlsStatus {
+            encrypted: true,
+            fingerprint: Some("5a".repeat(32)),
+            expires_s: Some(1_800_000_000),
+        },
+        warnings: vec!["cert.pem expires soon".to_owned()],
         core: core(LoadSource::Meter),
         lanes: LaneCounters {
             sent_bytes: 5 << 30,
@@ -196,8 +204,10 @@ fn the_status() {
     assert_eq!(
         text,
         "agent a1 in rack A, drover 0.1.0, up 1 h 2 min, 2 VMs\n\
+         WARNING        cert.pem expires soon\n\
          core link      tenant 210, migration 148 Mbit/s, capacity 400 Mbit/s\n\
          uplinks        metered: eth0\n\
+         connections    TLS 1.3, certificate 5a5a5a5a5a5a5a5a until 2027-01-15 08:00 UTC\n\
          lanes          5.0 GiB sent, 1000 sends zero-copied, 24 copied, 1 reopened\n\
          \n\
          peer  rack  address         state\n\

@@ -3,6 +3,7 @@
 use super::check;
 use super::document::{Document, Problems, Section};
 use super::{ByteSize, IpPrefix};
+use crate::pki::TlsFiles;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -31,6 +32,8 @@ pub struct AgentConfig {
     pub log: LogConfig,
     /// File of the cluster secret.
     pub secret_file: PathBuf,
+    /// How connections to other agents are protected.
+    pub tls: TlsConfig,
     /// Interfaces that lead to the core link, metered by eBPF.
     pub uplinks: Vec<String>,
     /// Networks inside this rack: what goes there does not cross the core.
@@ -51,6 +54,15 @@ pub struct AgentConfig {
     /// writes `NAME.ready` here with the paths of both RAM files, and waits (at
     /// most 30 s) for `NAME.go`. For tests that compare guest RAM at the switch.
     pub hold_at_switch: Option<PathBuf>,
+}
+
+/// How connections between agents are protected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TlsConfig {
+    /// By mutual TLS, with these files.
+    Files(TlsFiles),
+    /// Not at all, since the operator explicitly said so.
+    Plaintext,
 }
 
 /// Another agent.
@@ -139,6 +151,7 @@ pub(super) struct Draft {
     pub(super) ram_dir: Option<PathBuf>,
     pub(super) log: LogConfig,
     pub(super) secret_file: Option<PathBuf>,
+    pub(super) tls: Option<TlsConfig>,
     pub(super) uplinks: Option<Vec<String>>,
     pub(super) rack_prefixes: Option<Vec<IpPrefix>>,
     pub(super) peers: Vec<PeerConfig>,
@@ -175,6 +188,7 @@ fn read(file: &Path, root: &Section<'_, '_>) -> Draft {
             "secret_file",
             "add secret_file = \"/etc/drover/secret\"; `drover secret init` makes one",
         ),
+        tls: check::tls(root, &here),
         uplinks: root.optional("uplinks").or(Some(Vec::new())),
         rack_prefixes: root.optional("rack_prefixes").or(Some(Vec::new())),
         peers: check::peers(root),
@@ -200,6 +214,7 @@ impl Draft {
             ram_dir: self.ram_dir?,
             log: self.log,
             secret_file: self.secret_file?,
+            tls: self.tls?,
             uplinks: self.uplinks?,
             rack_prefixes: self.rack_prefixes?,
             peers: self.peers.into_iter().filter(|p| p.name != name).collect(),

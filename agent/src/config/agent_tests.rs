@@ -33,6 +33,11 @@ source_addresses = ["10.2.0.12"]
 
 [placeholders]
 images = "/srv/images"
+
+[tls]
+ca = "ca.pem"
+cert = "/etc/tls/cert.pem"
+key = "key.pem"
 "#;
 
 fn parse(text: &str) -> Result<AgentConfig, Problems> {
@@ -50,6 +55,12 @@ fn a_good_file_is_read_whole() {
     assert_eq!(config.peers.len(), 1, "its own entry is left out");
     assert_eq!(config.peers[0].name, "b1");
     assert_eq!(config.rack_peers().count(), 0);
+    let files = TlsFiles {
+        ca: "/etc/drover/ca.pem".into(),
+        cert: "/etc/tls/cert.pem".into(),
+        key: "/etc/drover/key.pem".into(),
+    };
+    assert_eq!(config.tls, TlsConfig::Files(files));
 }
 
 #[test]
@@ -94,6 +105,11 @@ fn every_mistake_names_its_line_key_and_remedy() {
         ("[\"10.2.0.12\"]", "[\"b1\"]", 29, "peer[2].source_addresses[1]", "not an IP address", "10.1.0.11"),
         ("images = ", "Images = ", 32, "placeholders.Images", "cannot be a placeholder", "lower-case"),
         ("images = \"/srv/images\"", "images = 3", 32, "placeholders.images", "is a whole number", "quotes"),
+        ("[tls]", "[tls_]", 1, "tls", "is missing", "drover pki init"),
+        ("[tls]", "[tls]\nplaintext = true", 36, "tls.ca", "so is plaintext", "remove plaintext"),
+        ("key = \"key.pem\"", "", 34, "tls.key", "missing", "drover pki issue"),
+        ("key = \"key.pem\"", "keys = \"key.pem\"", 37, "tls.keys", "unknown key", "did you mean `key`?"),
+        ("key = \"key.pem\"", "plaintext = \"no\"", 37, "tls.plaintext", "is a string", "write true"),
         ("[placeholders]", "[placeholders", 31, "", "not valid TOML", "toml.io"),
     ];
     for (from, to, line, key, message, remedy) in table {
@@ -106,6 +122,16 @@ fn every_mistake_names_its_line_key_and_remedy() {
         });
         assert!(found, "{from} -> {to}: wanted {line} {key}, got:\n{error}");
     }
+}
+
+#[test]
+fn nobody_is_without_tls_by_leaving_something_out() {
+    let (with, _) = GOOD.split_once("[tls]").unwrap();
+    assert!(parse(with).is_err());
+    assert!(parse(&format!("{with}[tls]\n")).is_err());
+    assert!(parse(&format!("{with}[tls]\nplaintext = false\n")).is_err());
+    let config = parse(&format!("{with}[tls]\nplaintext = true\n")).unwrap();
+    assert_eq!(config.tls, TlsConfig::Plaintext);
 }
 
 #[test]
@@ -151,6 +177,7 @@ fn the_host_is_checked_too() {
         "policy",
         "vm_definitions",
         "qemu_binaries[1]",
+        "tls.ca",
     ];
     assert_eq!(keys, expected, "{error}");
 
@@ -160,7 +187,29 @@ fn the_host_is_checked_too() {
     ClusterSecretFile::make(&dir.path().join("secret"));
     let text = text
         .replace("no-such-if0", "lo")
-        .replace("/no/such/qemu", "/bin/sh");
+        .replace("/no/such/qemu", "/bin/sh")
+        .replace("/etc/tls/", "");
+    let pki = dir.path().join("pki");
+    crate::pki::init(&pki, "test").unwrap();
+    ClusterSecretFile::make(&pki.join("secret"));
+    let bundle = |name| crate::pki::issue(&pki, name, 1).unwrap();
+    let install = |bundle: &Path| {
+        for file in ["ca.pem", "cert.pem", "key.pem"] {
+            std::fs::copy(bundle.join(file), dir.path().join(file)).unwrap();
+        }
+    };
+    install(&bundle("b1"));
+    let error = AgentConfig::parse(&file, &text, Checks::Host).unwrap_err();
+    assert_eq!(error.problems[0].key, "tls.cert");
+    assert!(error.to_string().contains("this is agent a1"), "{error}");
+    install(&bundle("a1"));
+    let exposed = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    std::fs::set_permissions(dir.path().join("key.pem"), exposed).unwrap();
+    let error = AgentConfig::parse(&file, &text, Checks::Host).unwrap_err();
+    assert_eq!(error.problems[0].key, "tls.key");
+    assert!(error.to_string().contains("chmod 0600"), "{error}");
+    install(&bundle("b2"));
+    install(&pki.join("agents/a1"));
     AgentConfig::parse(&file, &text, Checks::Host).unwrap();
 }
 

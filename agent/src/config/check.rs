@@ -1,9 +1,10 @@
 //! The checks behind `agent.toml`: first what the file alone can tell, then
 //! what this host must have.
 
-use super::agent::{Draft, LogConfig, LogFormat, PeerConfig};
+use super::agent::{Draft, LogConfig, LogFormat, PeerConfig, TlsConfig};
 use super::document::{Section, closest};
 use super::{ByteSize, ClusterSecret, NAME_RULE, is_name};
+use crate::pki::{Credentials, PkiError, TlsFiles};
 use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -206,6 +207,42 @@ pub(super) fn log(root: &Section<'_, '_>) -> LogConfig {
     log
 }
 
+/// Reads `[tls]`. It has to say one thing or the other: nobody is without TLS
+/// by leaving something out.
+pub(super) fn tls(root: &Section<'_, '_>, here: &Path) -> Option<TlsConfig> {
+    const REMEDY: &str = "name the files of this agent's bundle, ca.pem, cert.pem and key.pem, as \
+         ca, cert and key; `drover pki init` and `drover pki issue` make them";
+    let Some(section) = root.section("tls") else {
+        root.complain("tls", "is missing", REMEDY);
+        return None;
+    };
+    let plaintext = section.or("plaintext", false);
+    let tls = if plaintext {
+        for key in ["ca", "cert", "key"] {
+            if section.has(key) {
+                section.complain(
+                    key,
+                    "is set, but so is plaintext = true",
+                    "remove plaintext to use TLS",
+                );
+            }
+        }
+        Some(TlsConfig::Plaintext)
+    } else {
+        let path = |key| {
+            section
+                .required::<PathBuf>(key, REMEDY)
+                .map(|p| here.join(p))
+        };
+        match (path("ca"), path("cert"), path("key")) {
+            (Some(ca), Some(cert), Some(key)) => Some(TlsConfig::Files(TlsFiles { ca, cert, key })),
+            _ => None,
+        }
+    };
+    section.finish();
+    tls
+}
+
 /// Reads `[[peer]]`. An entry that is not whole is left out.
 pub(super) fn peers(root: &Section<'_, '_>) -> Vec<PeerConfig> {
     let mut peers: Vec<PeerConfig> = Vec::new();
@@ -322,6 +359,21 @@ pub(super) fn host(root: &Section<'_, '_>, draft: &Draft) {
         && let Err(error) = ClusterSecret::load(secret)
     {
         root.complain("secret_file", "cannot be used", error.to_string());
+    }
+    if let (Some(TlsConfig::Files(files)), Some(name)) = (&draft.tls, &draft.name)
+        && let Err(error) = Credentials::load(files, name)
+        && let Some(section) = root.section("tls")
+    {
+        let key = match &error {
+            PkiError::OtherAuthority { .. } => "ca",
+            PkiError::OtherAgent { .. } | PkiError::Nameless { .. } => "cert",
+            PkiError::Private(_) | PkiError::NotAKey { .. } | PkiError::Mismatch { .. } => "key",
+            PkiError::Read { path, .. } | PkiError::NotACertificate { path, .. } => {
+                if *path == files.ca { "ca" } else { "cert" }
+            }
+            _ => "cert",
+        };
+        section.complain(key, "cannot be used", error.to_string());
     }
     for (i, uplink) in draft.uplinks.iter().flatten().enumerate() {
         if !Path::new("/sys/class/net").join(uplink).exists() {

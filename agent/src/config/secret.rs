@@ -1,9 +1,7 @@
 //! The cluster secret: 32 random bytes that every agent of a cluster holds.
 //! Fingerprint keys and the proof of membership are derived from it.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use crate::private_file::{self, PrivateFileError};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 use zeroize::Zeroizing;
@@ -29,24 +27,6 @@ pub enum SecretError {
         "{0} does not exist; make it once with `drover secret init {0}` and copy it to every host of the cluster"
     )]
     Missing(PathBuf),
-    /// Others can read it.
-    #[error("{path} has mode {mode:04o}, so others can read it; run `chmod 0600 {path}`")]
-    Exposed {
-        /// The secret file.
-        path: PathBuf,
-        /// Its permission bits.
-        mode: u32,
-    },
-    /// Somebody else could change it.
-    #[error("{path} belongs to user {owner}, not to the agent's user; run `chown {uid} {path}`")]
-    Owner {
-        /// The secret file.
-        path: PathBuf,
-        /// Its owner.
-        owner: u32,
-        /// Whom it must belong to.
-        uid: u32,
-    },
     /// Not 64 hexadecimal digits.
     #[error(
         "{0} does not hold a cluster secret (64 hexadecimal digits); copy it again from another host, or make a new one with `drover secret init`"
@@ -58,15 +38,20 @@ pub enum SecretError {
     /// The system has no randomness to give.
     #[error("the system gave no random bytes for a new secret")]
     Random,
-    /// Anything else.
-    #[error("cannot read or write {path}")]
-    Io {
-        /// The secret file.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
+    /// Readable for others, somebody else's, or not readable at all.
+    #[error(transparent)]
+    File(PrivateFileError),
+}
+
+impl From<PrivateFileError> for SecretError {
+    fn from(error: PrivateFileError) -> Self {
+        match error {
+            PrivateFileError::Missing(path) => SecretError::Missing(path),
+            PrivateFileError::NotAFile(path) => SecretError::Malformed(path),
+            PrivateFileError::Exists(path) => SecretError::Exists(path),
+            other => SecretError::File(other),
+        }
+    }
 }
 
 impl ClusterSecret {
@@ -82,40 +67,7 @@ impl ClusterSecret {
 
     /// Reads the secret, refusing a file that others can read or change.
     pub fn load(path: &Path) -> Result<Self, SecretError> {
-        let io = |source: io::Error| match source.kind() {
-            io::ErrorKind::NotFound => SecretError::Missing(path.to_owned()),
-            _ => SecretError::Io {
-                path: path.to_owned(),
-                source,
-            },
-        };
-        // Checked on the open file, so that it cannot be swapped in between.
-        // Not blocking on a FIFO put in its place.
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-            .open(path)
-            .map_err(io)?;
-        let meta = file.metadata().map_err(io)?;
-        if !meta.is_file() {
-            return Err(SecretError::Malformed(path.to_owned()));
-        }
-        if meta.mode() & 0o077 != 0 {
-            return Err(SecretError::Exposed {
-                path: path.to_owned(),
-                mode: meta.mode() & 0o7777,
-            });
-        }
-        let uid = nix::unistd::geteuid().as_raw();
-        if meta.uid() != uid && meta.uid() != 0 {
-            return Err(SecretError::Owner {
-                path: path.to_owned(),
-                owner: meta.uid(),
-                uid,
-            });
-        }
-        let mut text = Zeroizing::new(Vec::with_capacity(256));
-        file.take(256).read_to_end(&mut text).map_err(io)?;
+        let text = private_file::read(path, 255)?;
         let secret = decode_hex(text.trim_ascii());
         secret.ok_or_else(|| SecretError::Malformed(path.to_owned()))
     }
@@ -131,21 +83,7 @@ impl ClusterSecret {
             }
         }
         text.push('\n');
-        let io = |source: io::Error| match source.kind() {
-            io::ErrorKind::AlreadyExists => SecretError::Exists(path.to_owned()),
-            _ => SecretError::Io {
-                path: path.to_owned(),
-                source,
-            },
-        };
-        let mut file: File = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(path)
-            .map_err(io)?;
-        file.write_all(text.as_bytes()).map_err(io)?;
-        file.sync_all().map_err(io)
+        Ok(private_file::create(path, text.as_bytes())?)
     }
 }
 
@@ -165,7 +103,7 @@ fn decode_hex(text: &[u8]) -> Option<ClusterSecret> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     #[test]
     fn a_created_secret_is_private_and_loads() {

@@ -1,12 +1,12 @@
-//! `drover bench lane`: what a lane carries over loopback, beside a plain
-//! write/read loop over TCP in the same run.
+//! `drover bench lane`: what a lane carries over loopback, encrypted and not,
+//! beside a plain write/read loop over TCP in the same run.
 
 use super::*;
 use crate::bench::BenchRow;
 use crate::types::{Class, GangId, Gfn, PAGE_SIZE, Round, VmIndex};
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -15,7 +15,7 @@ const PAGES: usize = pool::PAGES_PER_BUF;
 const RAW_BYTES: usize = 1 << 30;
 /// Bytes the compressed run carries at most.
 const ZSTD_BYTES: usize = 96 << 20;
-const RUNS: usize = 3;
+const RUNS: usize = 5;
 
 /// Takes everything and keeps nothing.
 struct Discard;
@@ -47,18 +47,19 @@ pub fn bench_lane() -> io::Result<Vec<BenchRow>> {
 
     // Alternately, so that a busy moment of the machine meets both.
     let mut lanes = Vec::new();
+    let mut sealed = Vec::new();
     let mut plains = Vec::new();
     for _ in 0..RUNS {
-        lanes.push(over_lane(
-            Compress::Never,
-            true,
-            (0..raw_batches).map(|_| &blank[..]),
-        )?);
+        let batches = || (0..raw_batches).map(|_| &blank[..]);
+        lanes.push(over_lane(Compress::Never, false, true, batches())?);
+        sealed.push(over_lane(Compress::Never, true, true, batches())?);
         plains.push(over_std(raw_batches)?);
     }
     lanes.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
+    sealed.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
     plains.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
     let (lane, plain) = (&lanes[RUNS / 2], &plains[RUNS / 2]);
+    let tls = &sealed[RUNS / 2];
     let gb = RAW_BYTES as f64 / 1e9;
     rows.push(
         BenchRow::new("lane.raw", gb / lane.seconds, "GB/s")
@@ -80,14 +81,33 @@ pub fn bench_lane() -> io::Result<Vec<BenchRow>> {
             .against("plain", lane.sender.sends_plain as f64),
     );
 
+    rows.push(
+        BenchRow::new("lane.tls", gb / tls.seconds, "GB/s")
+            .against("plain", gb / lane.seconds)
+            .against("tls/plain", lane.seconds / tls.seconds),
+    );
+    rows.push(
+        BenchRow::new("lane.tls.cpu", tls.cpu / gb, "core seconds/GB")
+            .against("plain", lane.cpu / gb)
+            .against("encrypting", tls.sender.seal_us as f64 / 1e6 / gb)
+            .against("decrypting", tls.receiver.open_us as f64 / 1e6 / gb),
+    );
+    let wire = |run: &Run| run.sender.wire_bytes as f64 / 1e9 / gb;
+    rows.push(
+        BenchRow::new("lane.tls.wire", wire(tls), "bytes/byte of pages")
+            .against("plain", wire(lane)),
+    );
+
     let content = own_pages()?;
     let batches = || content.chunks(PAGES * PAGE_SIZE);
-    let zstd = over_lane(Compress::Always, false, batches())?;
-    let raw = over_lane(Compress::Never, false, batches())?;
+    let zstd = over_lane(Compress::Always, false, false, batches())?;
+    let raw = over_lane(Compress::Never, false, false, batches())?;
+    let zstd_tls = over_lane(Compress::Always, true, false, batches())?;
     let mb = content.len() as f64 / 1e6;
     rows.push(
         BenchRow::new("lane.zstd", mb / zstd.seconds, "MB/s of pages")
             .against("raw", mb / raw.seconds)
+            .against("tls", mb / zstd_tls.seconds)
             .against("encode_core_seconds", zstd.sender.encode_us as f64 / 1e6)
             .against("decode_core_seconds", zstd.receiver.decode_us as f64 / 1e6),
     );
@@ -104,9 +124,11 @@ fn ratio(run: &Run) -> f64 {
 }
 
 /// Sends batches of page contents over one lane and awaits the last
-/// acknowledgement. `same`: all batches have the same content.
+/// acknowledgement. `sealed`: encrypted; `same`: all batches have the same
+/// content.
 fn over_lane<'a>(
     compress: Compress,
+    sealed: bool,
     same: bool,
     batches: impl Iterator<Item = &'a [u8]>,
 ) -> io::Result<Run> {
@@ -117,11 +139,25 @@ fn over_lane<'a>(
     config.lanes = 1;
     config.encode.compress = compress;
     config.patience = LIMIT;
-    let connect: Connector = Arc::new(move || TcpStream::connect(address));
+    let (mine, theirs) = match sealed.then(LaneKeys::pair).transpose()? {
+        Some((mine, theirs)) => (Some(mine), Some(theirs)),
+        None => (None, None),
+    };
+    // There is one connection; if it broke, the figures would be of no use.
+    let first = Mutex::new(Some(mine));
+    let connect: Connector = Arc::new(move || {
+        let keys = first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let keys = keys.ok_or_else(|| io::Error::other("the lane of a benchmark broke"))?;
+        let tcp = TcpStream::connect(address)?;
+        Ok(LaneStream { tcp, keys })
+    });
     let set =
         LaneSet::start(config, &staging, Arc::new(Unpaced), connect).map_err(io::Error::other)?;
     let receiver = LaneReceiver::start(
-        listener.accept()?.0,
+        LaneStream {
+            tcp: listener.accept()?.0,
+            keys: theirs,
+        },
         ReceiveConfig::new("loopback"),
         Arc::new(Discard),
     )
@@ -276,6 +312,9 @@ mod tests {
                 "lane.raw.syscalls",
                 "lane.raw.cpu",
                 "lane.raw.zero_copied",
+                "lane.tls",
+                "lane.tls.cpu",
+                "lane.tls.wire",
                 "lane.zstd",
                 "lane.zstd.ratio"
             ]

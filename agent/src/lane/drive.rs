@@ -1,19 +1,26 @@
 //! One connection of a sending lane, driven by one loop: take what completed,
 //! send the next chunk if the pacer permits, compress a step ahead, wait.
 
+mod feed;
+
 use super::adapt::{Adapter, Saturation, Window};
-use super::batch::{BatchId, LaneEvent, LostBatch, StagedBatch};
-use super::encode::{Compress, EncodedFrame, Encoder, Job, Progress};
-use super::frame::{BatchHead, Kind, PROLOGUE_LEN, Prologue, ReverseFrame};
+use super::batch::{BatchId, LaneEvent};
+use super::encode::{Compress, EncodedFrame, Encoder, Job};
+use super::frame::{BatchHead, Kind, Prologue, ReverseFrame};
 use super::inbox::Inbox;
+use super::open::Inflow;
+use super::outgoing::Outgoing;
+use super::pool::BufferPool;
+use super::record::LaneStream;
 use super::ring::{Ring, RingConfig, SendMem};
+use super::seal::Outflow;
 use super::send::{LaneError, LaneThread, RECV_BUFFERS, Unacked};
+use super::setup::RingError;
 use super::stats::LaneCounters;
 use super::tcp;
 use crate::types::Class;
 use socket2::SockRef;
 use std::collections::HashSet;
-use std::net::TcpStream;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -31,21 +38,6 @@ const MAX_COPIED: u32 = 8;
 const CHUNK_TIME: f64 = 0.002;
 const MIN_CHUNK: usize = 16 * 1024;
 
-/// A frame on its way out.
-struct Outgoing {
-    batch: BatchId,
-    mem: Arc<SendMem>,
-    /// Taken by the socket up to here,
-    pos: usize,
-    /// given to the ring up to here,
-    submitted: usize,
-    /// and to be sent up to here.
-    to: usize,
-    class: Class,
-    /// When its last chunk went out; `None` before the first.
-    begun: Option<Instant>,
-}
-
 /// The frame after it.
 enum Ahead {
     Nothing,
@@ -57,8 +49,16 @@ enum Ahead {
 enum Sending {
     /// The next bytes of the current frame.
     Chunk,
-    /// A sign of life.
-    Ping,
+    /// A sign of life, this long.
+    Ping(usize),
+}
+
+/// How a connection ended in order.
+pub(super) enum Finish {
+    /// With the set.
+    Closed,
+    /// Its keys have encrypted enough: the next one has fresh ones.
+    Worn,
 }
 
 /// What keeps the current frame from going on.
@@ -78,6 +78,10 @@ pub(super) struct Connection<'a> {
     adapter: Adapter,
     saturation: Saturation,
     window: Window,
+    outflow: Outflow,
+    /// No new batches are taken: the connection is to end when what it has is
+    /// acknowledged.
+    worn: bool,
     unacked: &'a mut Unacked,
     /// Batches of `unacked` whose contents went compressed.
     compressed: HashSet<BatchId>,
@@ -97,9 +101,10 @@ impl<'a> Connection<'a> {
     /// Sets socket and ring up.
     pub(super) fn open(
         lane: &'a LaneThread,
-        stream: TcpStream,
+        stream: LaneStream,
         unacked: &'a mut Unacked,
     ) -> Result<Connection<'a>, LaneError> {
+        let LaneStream { tcp: stream, keys } = stream;
         let config = &lane.shared.config;
         let max_rate = lane.shared.pacing.max_rate();
         tcp::prepare(&stream, config.patience)
@@ -115,12 +120,19 @@ impl<'a> Connection<'a> {
                 tcp::set_max_pacing_rate(&stream, max_rate)
             })
             .map_err(LaneError::Socket)?;
+        let (seal, open) = keys.map(|keys| (keys.seal, keys.open)).unzip();
+        let outflow = Outflow::new(seal).map_err(RingError::Resources)?;
+        // What the network card reads: frames where they lie, or sealed.
+        let pools: Vec<&BufferPool> = match &outflow {
+            Outflow::Plain => vec![&lane.shared.staging, &lane.out],
+            Outflow::Sealed { bufs, .. } => vec![bufs],
+        };
         let ring = Ring::new(
             stream,
             &config.peer,
             lane.waker.clone(),
             &RingConfig {
-                pools: &[&lane.shared.staging, &lane.out],
+                pools: &pools,
                 recv_buffers: RECV_BUFFERS,
                 deferred: false,
             },
@@ -136,9 +148,11 @@ impl<'a> Connection<'a> {
             saturation: Saturation::default(),
             encoder,
             window: Window::default(),
+            outflow,
+            worn: false,
             unacked,
             compressed: HashSet::new(),
-            inbox: Inbox::new(now),
+            inbox: Inbox::new(now, Inflow::new(open)),
             current: None,
             sending: None,
             ahead: Ahead::Nothing,
@@ -154,8 +168,9 @@ impl<'a> Connection<'a> {
         &self.lane.counters
     }
 
-    /// Carries batches until the set closes (`Ok`) or something breaks.
-    pub(super) fn run(&mut self) -> Result<(), LaneError> {
+    /// Carries batches until the set closes, the keys are worn, or something
+    /// breaks.
+    pub(super) fn run(&mut self) -> Result<Finish, LaneError> {
         loop {
             self.take_completions()?;
             // First what the target said: it may be why sending failed.
@@ -168,15 +183,15 @@ impl<'a> Connection<'a> {
                 self.tick(now)?;
             }
             if let Some(limit) = self.closing() {
-                let idle = self.current.is_none()
-                    && self.sending.is_none()
-                    && matches!(self.ahead, Ahead::Nothing);
-                if idle && self.unacked.is_empty() && self.queue_empty() {
-                    return self.goodbye(limit);
+                if self.all_done() {
+                    return self.goodbye(limit).map(|()| Finish::Closed);
                 }
                 if now >= limit {
                     return Err(LaneError::CloseTimeout);
                 }
+            }
+            if self.worn() && self.all_done() {
+                return self.goodbye(now).map(|()| Finish::Worn);
             }
             let gate = self.send_on(now)?;
             let further = self.encode_ahead()?;
@@ -192,6 +207,27 @@ impl<'a> Connection<'a> {
 
     fn closing(&self) -> Option<Instant> {
         self.lane.shared.state().closing
+    }
+
+    /// Whether nothing waits to be sent or acknowledged.
+    fn all_done(&self) -> bool {
+        self.current.is_none()
+            && self.sending.is_none()
+            && matches!(self.ahead, Ahead::Nothing)
+            && self.unacked.is_empty()
+            && self.queue_empty()
+    }
+
+    /// Whether the keys have encrypted enough; from then on other lanes, or
+    /// this one's next connection, get the batches.
+    fn worn(&mut self) -> bool {
+        if !self.worn && self.outflow.records() >= self.lane.shared.config.key_records {
+            self.worn = true;
+            let mut state = self.lane.shared.state();
+            state.queues[self.lane.index].up = false;
+            state.last_up = Instant::now();
+        }
+        self.worn
     }
 
     fn queue_empty(&self) -> bool {
@@ -243,29 +279,43 @@ impl<'a> Connection<'a> {
 
     fn handle_frames(&mut self) -> Result<(), LaneError> {
         let mut placed: Vec<(BatchHead, bool)> = Vec::new();
-        for frame in std::mem::take(&mut self.inbox.frames) {
-            match frame {
-                ReverseFrame::Ack(ids) => {
-                    for id in ids {
-                        if self.not_sent(id) {
-                            return Err(LaneError::UnknownAck(id));
-                        }
-                        let lost = self.unacked.remove(&id).ok_or(LaneError::UnknownAck(id))?;
-                        placed.push((lost.head, self.compressed.remove(&id)));
-                    }
-                }
-                ReverseFrame::Need { gang, vm, gfns } => {
-                    self.lane.event(LaneEvent::Need { gang, vm, gfns })?;
-                }
-                ReverseFrame::Error(text) => return Err(LaneError::Refused(text)),
-                ReverseFrame::Ping => {}
-            }
-        }
+        let outcome = std::mem::take(&mut self.inbox.frames)
+            .into_iter()
+            .try_for_each(|frame| self.handle_frame(frame, &mut placed));
+        // What was acknowledged before something went wrong stays so: it is
+        // among the unacknowledged, and so among the lost, no longer.
         self.lane.placed(&placed)?;
+        outcome?;
         if self.inbox.eof {
             Err(LaneError::Closed)
         } else {
             Ok(())
+        }
+    }
+
+    /// Adds to `placed` what the frame acknowledges, and whether it had gone
+    /// compressed.
+    fn handle_frame(
+        &mut self,
+        frame: ReverseFrame,
+        placed: &mut Vec<(BatchHead, bool)>,
+    ) -> Result<(), LaneError> {
+        match frame {
+            ReverseFrame::Ack(ids) => {
+                for id in ids {
+                    if self.not_sent(id) {
+                        return Err(LaneError::UnknownAck(id));
+                    }
+                    let lost = self.unacked.remove(&id).ok_or(LaneError::UnknownAck(id))?;
+                    placed.push((lost.head, self.compressed.remove(&id)));
+                }
+                Ok(())
+            }
+            ReverseFrame::Need { gang, vm, gfns } => {
+                self.lane.event(LaneEvent::Need { gang, vm, gfns })
+            }
+            ReverseFrame::Error(text) => Err(LaneError::Refused(text)),
+            ReverseFrame::Ping => Ok(()),
         }
     }
 
@@ -277,7 +327,7 @@ impl<'a> Connection<'a> {
             Ahead::Ready(frame) => Some(frame.head.batch),
         };
         let current = self.current.as_ref();
-        ahead == Some(id) || current.is_some_and(|f| f.batch == id && f.submitted < f.to)
+        ahead == Some(id) || current.is_some_and(|f| f.batch == id && !f.submitted())
     }
 
     /// Everything that is looked at now and then.
@@ -338,42 +388,59 @@ impl<'a> Connection<'a> {
             .is_none_or(|frame| frame.begun.is_none());
         if between && now.duration_since(self.last_sent) >= PING_AFTER {
             let ping = Prologue::control(Kind::Ping, 0).encode().to_vec();
+            let ping = self.outflow.small(ping)?;
+            self.sending = Some(Sending::Ping(ping.len()));
             self.send_small(ping)?;
-            self.sending = Some(Sending::Ping);
             return Ok(Gate::Socket);
         }
         let stop_copy_waits = self.stop_copy_waits();
-        let max_chunk = self.chunk_len();
+        let max_chunk = self.chunk_len().min(self.outflow.room(self.zero_copy));
         let Some(frame) = &mut self.current else {
             return Ok(Gate::NoFrame);
         };
-        let len = (frame.to - frame.pos).min(max_chunk);
-        // A pre-copy frame that stop-and-copy waits behind is urgent, too.
-        let class = if stop_copy_waits {
-            Class::StopCopy
-        } else {
-            frame.class
-        };
-        let pacing = &self.lane.shared.pacing;
-        if let Err(wait) = pacing.try_acquire(len, class) {
-            if frame
-                .begun
-                .is_none_or(|last| now.duration_since(last) < OVERDRAW_AFTER)
-            {
-                return Ok(Gate::Pacer(wait));
+        // The rest of a chunk that was only partly taken is paid for.
+        if frame.chunk().is_none() {
+            let len = frame.left().min(max_chunk);
+            if len == 0 {
+                // The network card still has every buffer.
+                return Ok(Gate::Socket);
             }
-            pacing.overdraw(len, class);
-            self.lane.counters.overdrafts.add(1);
+            // A pre-copy frame that stop-and-copy waits behind is urgent, too.
+            let class = if stop_copy_waits {
+                Class::StopCopy
+            } else {
+                frame.class
+            };
+            let wire = self.outflow.wire_len(len);
+            let pacing = &self.lane.shared.pacing;
+            if let Err(wait) = pacing.try_acquire(wire, class) {
+                if frame
+                    .begun
+                    .is_none_or(|last| now.duration_since(last) < OVERDRAW_AFTER)
+                {
+                    return Ok(Gate::Pacer(wait));
+                }
+                pacing.overdraw(wire, class);
+                self.lane.counters.overdrafts.add(1);
+            }
+            let start = Instant::now();
+            frame.cut(len, &mut self.outflow)?;
+            if let Outflow::Sealed { .. } = self.outflow {
+                let spent = start.elapsed().as_micros() as u64;
+                self.lane.counters.seal_us.add(spent);
+            }
         }
-        let zero_copy = self.zero_copy && len >= MIN_ZERO_COPY;
+        let Some((mem, from, to)) = frame.chunk() else {
+            return Ok(Gate::Socket);
+        };
+        let zero_copy = self.zero_copy && to - from >= MIN_ZERO_COPY;
         let zero_copied = self
             .ring
-            .send(&frame.mem, frame.pos, frame.pos + len, zero_copy)
+            .send(mem, from, to, zero_copy)
             .map_err(LaneError::Send)?;
         if !zero_copied {
             self.lane.counters.sends_plain.add(1);
         }
-        frame.submitted = frame.pos + len;
         self.sending = Some(Sending::Chunk);
         Ok(Gate::Socket)
     }
@@ -402,127 +469,26 @@ impl<'a> Connection<'a> {
         self.lane.counters.wire_bytes.add(bytes as u64);
         self.window.wire_bytes += bytes as u64;
         match sending {
-            Some(Sending::Ping) if bytes < PROLOGUE_LEN => return Err(LaneError::Closed),
-            Some(Sending::Ping) | None => return Ok(()),
+            Some(Sending::Ping(len)) if bytes < len => return Err(LaneError::Closed),
+            Some(Sending::Ping(_)) | None => return Ok(()),
             Some(Sending::Chunk) => {}
         }
         if bytes == 0 {
             return Err(LaneError::Closed);
         }
-        if let Some(frame) = &mut self.current {
-            frame.pos += bytes;
-            frame.begun = Some(now);
-            if frame.pos >= frame.to {
-                self.current = None;
-            }
+        if let Some(frame) = &mut self.current
+            && frame.taken(bytes, now)
+        {
+            self.current = None;
         }
         Ok(())
     }
 
-    /// The frame to be sent next, if there is one.
-    fn next_frame(&mut self) -> Option<Outgoing> {
-        let frame = match std::mem::replace(&mut self.ahead, Ahead::Nothing) {
-            Ahead::Ready(frame) => frame,
-            other => {
-                self.ahead = other;
-                return None;
-            }
-        };
-        let counters = self.counters();
-        counters.batches.add(1);
-        counters.pages.add(frame.pages as u64);
-        counters.plain_bytes.add(frame.plain_len as u64);
-        self.window.plain_bytes += frame.plain_len as u64;
-        if frame.encoding.is_compressed() {
-            counters.batches_compressed.add(1);
-            counters.pages_compressed.add(frame.pages as u64);
-            self.compressed.insert(frame.head.batch);
-        }
-        Some(Outgoing {
-            batch: frame.head.batch,
-            pos: frame.from,
-            submitted: frame.from,
-            to: frame.to,
-            class: frame.head.class,
-            mem: Arc::new(SendMem::Pool(frame.buf)),
-            begun: None,
-        })
-    }
-
-    fn stop_copy_waits(&self) -> bool {
-        if matches!(&self.ahead, Ahead::Ready(frame) if frame.head.class == Class::StopCopy) {
-            return true;
-        }
-        !self.lane.shared.state().queues[self.lane.index]
-            .stop_copy
-            .is_empty()
-    }
-
-    /// Does one step of encoding the frame after the current one. Returns
-    /// whether it got further.
-    fn encode_ahead(&mut self) -> Result<bool, LaneError> {
-        let progress = match std::mem::replace(&mut self.ahead, Ahead::Nothing) {
-            Ahead::Ready(frame) => {
-                self.ahead = Ahead::Ready(frame);
-                return Ok(false);
-            }
-            Ahead::Encoding(job) => {
-                let start = Instant::now();
-                let progress = self.encoder.step(job)?;
-                let spent = start.elapsed();
-                self.window.encoding += spent;
-                self.counters().encode_us.add(spent.as_micros() as u64);
-                progress
-            }
-            Ahead::Nothing => {
-                // All output buffers may still be held by the kernel.
-                let Some(spare) = self.lane.out.try_take() else {
-                    return Ok(false);
-                };
-                let Some(batch) = self.take_batch() else {
-                    return Ok(false);
-                };
-                self.counters()
-                    .references
-                    .add(batch.entries.refs.len() as u64);
-                let lost = LostBatch {
-                    head: batch.head(),
-                    entries: batch.entries.clone(),
-                };
-                if self.unacked.insert(batch.batch, lost).is_some() {
-                    return Err(LaneError::BatchTwice(batch.batch));
-                }
-                self.encoder.start(batch, spare)?
-            }
-        };
-        self.ahead = match progress {
-            Progress::More(job) => Ahead::Encoding(job),
-            Progress::Done(frame) => Ahead::Ready(frame),
-        };
-        Ok(true)
-    }
-
-    /// The next batch of the queue, stop-and-copy first.
-    fn take_batch(&mut self) -> Option<StagedBatch> {
-        if self.unacked.len() >= self.lane.shared.config.max_unacked {
-            return None;
-        }
-        let mut state = self.lane.shared.state();
-        let queue = &mut state.queues[self.lane.index];
-        let batch = queue
-            .stop_copy
-            .pop_front()
-            .or_else(|| queue.precopy.pop_front());
-        queue.hungry = batch.is_none();
-        let batch = batch?;
-        drop(state);
-        self.lane.shared.changed.notify_all();
-        Some(batch)
-    }
-
     /// Ends the connection in order: the target has placed everything.
     fn goodbye(&mut self, limit: Instant) -> Result<(), LaneError> {
-        self.send_small(Prologue::control(Kind::Bye, 0).encode().to_vec())?;
+        let bye = Prologue::control(Kind::Bye, 0).encode().to_vec();
+        let bye = self.outflow.last(bye)?;
+        self.send_small(bye)?;
         // The target closes its side when it has read it.
         let end = limit.max(Instant::now() + Duration::from_millis(200));
         while !self.inbox.eof && Instant::now() < end {

@@ -3,6 +3,7 @@
 
 use super::assemble::Assembler;
 use super::frame::{Direction, ReverseFrame};
+use super::open::Inflow;
 use super::ring::Completion;
 use super::send::LaneError;
 use super::stats::LaneCounters;
@@ -11,6 +12,7 @@ use std::time::Instant;
 
 /// What came in, gathered while completions are taken.
 pub(super) struct Inbox {
+    inflow: Inflow,
     assembler: Assembler,
     /// Frames not yet dealt with.
     pub(super) frames: Vec<ReverseFrame>,
@@ -22,8 +24,9 @@ pub(super) struct Inbox {
 }
 
 impl Inbox {
-    pub(super) fn new(now: Instant) -> Inbox {
+    pub(super) fn new(now: Instant, inflow: Inflow) -> Inbox {
         Inbox {
+            inflow,
             assembler: Assembler::new(Direction::Reverse),
             frames: Vec::new(),
             last_heard: now,
@@ -52,9 +55,12 @@ impl Inbox {
             Completion::Data(bytes) => {
                 self.last_heard = Instant::now();
                 counters.reverse_bytes.add(bytes.len() as u64);
-                self.assembler.push(bytes, |prologue, body| {
-                    self.frames.push(ReverseFrame::parse(prologue, body)?);
-                    Ok::<(), LaneError>(())
+                let (assembler, frames) = (&mut self.assembler, &mut self.frames);
+                self.inflow.push(bytes, |plain| {
+                    assembler.push(plain, |prologue, body| {
+                        frames.push(ReverseFrame::parse(prologue, body)?);
+                        Ok::<(), LaneError>(())
+                    })
                 })?;
             }
             Completion::Eof => self.eof = true,

@@ -4,8 +4,11 @@ use super::assemble::Assembler;
 use super::batch::{BatchId, BatchSink, Placement, SinkError};
 use super::decode::Decoder;
 use super::frame::{DecodedBatch, Direction, FrameError, Kind, MAX_ACKS, Prologue, ReverseFrame};
+use super::open::Inflow;
+use super::record::LaneKeys;
 use super::recv::{LaneEnd, MAX_OUTBOX, ReceiveConfig, ReceiveError, Shared};
 use super::ring::{Completion, Ring, SendMem};
+use super::seal::Sealer;
 use super::send::chain;
 use crate::types::Gfn;
 use std::net::Shutdown;
@@ -27,10 +30,15 @@ pub(super) struct Intake {
     shared: Arc<Shared>,
     config: ReceiveConfig,
     sink: Arc<dyn BatchSink>,
+    inflow: Inflow,
+    /// Seals what is sent back, unless that goes as it is.
+    sealer: Option<Sealer>,
     assembler: Assembler,
     decoder: Decoder,
     /// Batches to acknowledge with the next Ack.
     acks: Vec<BatchId>,
+    /// Time spent decrypting that is not counted yet.
+    open_ns: u64,
     last_heard: Instant,
     bye: bool,
     eof: bool,
@@ -47,15 +55,20 @@ impl Intake {
         shared: Arc<Shared>,
         config: ReceiveConfig,
         sink: Arc<dyn BatchSink>,
+        keys: Option<LaneKeys>,
     ) -> Intake {
         let now = Instant::now();
+        let (seal, open) = keys.map(|keys| (keys.seal, keys.open)).unzip();
         Intake {
+            inflow: Inflow::new(open),
+            sealer: seal.map(Sealer::new),
             assembler: Assembler::new(Direction::Forward),
             decoder: Decoder::new(config.window_log),
             shared,
             config,
             sink,
             acks: Vec::new(),
+            open_ns: 0,
             last_heard: now,
             bye: false,
             eof: false,
@@ -148,14 +161,27 @@ impl Intake {
         Ok(())
     }
 
-    fn received(&mut self, bytes: &[u8]) -> Result<(), ReceiveError> {
+    fn received(&mut self, bytes: &mut [u8]) -> Result<(), ReceiveError> {
         self.shared.counters.wire_bytes.add(bytes.len() as u64);
         // Split from self, which the frames' handler borrows.
+        let mut inflow = std::mem::replace(&mut self.inflow, Inflow::Plain);
         let mut assembler =
             std::mem::replace(&mut self.assembler, Assembler::new(Direction::Forward));
-        let outcome = assembler.push(bytes, |prologue, body| self.frame(prologue, body));
+        let start = Instant::now();
+        let mut elsewhere = Duration::ZERO;
+        let outcome = inflow.push(bytes, |plain| {
+            let start = Instant::now();
+            let outcome = assembler.push(plain, |prologue, body| self.frame(prologue, body));
+            elsewhere += start.elapsed();
+            outcome
+        });
         self.assembler = assembler;
+        self.inflow = inflow;
         self.last_heard = Instant::now();
+        let opening = self.last_heard - start - elsewhere;
+        let opening = opening.as_nanos() as u64 + self.open_ns;
+        self.shared.counters.open_us.add(opening / 1000);
+        self.open_ns = opening % 1000;
         outcome
     }
 
@@ -234,7 +260,11 @@ impl Intake {
             }
         }
         if self.sending.is_none() && !self.outbox.is_empty() {
-            let mem = Arc::new(SendMem::Small(std::mem::take(&mut self.outbox)));
+            let mut bytes = std::mem::take(&mut self.outbox);
+            if let Some(sealer) = &mut self.sealer {
+                bytes = sealer.small(&bytes)?;
+            }
+            let mem = Arc::new(SendMem::Small(bytes));
             self.last_sent = Instant::now();
             self.start_send(ring, mem, 0)?;
         }

@@ -5,9 +5,10 @@
 //! memory with page contents and hands it over as a [`StagedBatch`] to a
 //! [`LaneSet`] (all lanes of one pair of hosts). A lane thread encodes it
 //! ([`encode`]: in place, or through the connection's zstd stream), waits for
-//! the pacer's permission ([`Pacing`]) and sends it through its own io_uring,
-//! without a copy where the network card allows. On the target a
-//! [`LaneReceiver`] puts frames together ([`assemble`]), decodes them
+//! the pacer's permission ([`Pacing`]), encrypts it into registered memory
+//! ([`record`]) and sends it through its own io_uring, without a copy where the
+//! network card allows. On the target a [`LaneReceiver`] decrypts what comes
+//! where it lies, puts frames together ([`assemble`]), decodes them
 //! ([`decode`]) and calls the [`BatchSink`]; acknowledgements come back on
 //! the same connection and leave the set as [`LaneEvent`]s.
 //!
@@ -28,10 +29,14 @@ pub mod entries;
 pub mod frame;
 mod inbox;
 mod intake;
+pub mod open;
+mod outgoing;
 pub mod pool;
 mod provided;
+pub mod record;
 pub mod recv;
 mod ring;
+mod seal;
 mod send;
 pub mod set;
 mod setup;
@@ -49,6 +54,7 @@ pub use encode::{Compress, EncodeConfig};
 pub use entries::{Entries, Reference, ZeroRun};
 pub use frame::{BatchHead, DecodedBatch, Encoding, FrameError};
 pub use pool::{BufferPool, PoolBuf, TakeError};
+pub use record::{LaneKeys, LaneStream, RecordError};
 pub use recv::{LaneEnd, LaneReceiver, ReceiveConfig, ReceiveError, ReverseHandle};
 pub use set::{Connector, LaneSet, LaneSetConfig, LaneSetError, Refusal, SubmitError};
 pub use setup::RingError;
@@ -58,8 +64,12 @@ pub use tcp::TcpReading;
 #[cfg(test)]
 mod codec_tests;
 #[cfg(test)]
+mod record_tests;
+#[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod tests_fault;
+#[cfg(test)]
+mod tests_sealed;

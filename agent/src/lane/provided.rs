@@ -70,13 +70,14 @@ impl Provided {
     ///
     /// # Safety
     /// The kernel must have handed `id` over and not been given it back.
-    pub(super) unsafe fn filled(&self, id: u16, len: usize) -> &[u8] {
+    pub(super) unsafe fn filled(&mut self, id: u16, len: usize) -> &mut [u8] {
         if id >= self.count {
-            return &[];
+            return &mut [];
         }
         // SAFETY: the buffer lies in `memory`; by the caller's promise the
-        // kernel does not write to it now.
-        unsafe { std::slice::from_raw_parts(self.buffer(id), len.min(self.len as usize)) }
+        // kernel does not touch it now, and the borrow of `self` excludes any
+        // other reference to it.
+        unsafe { std::slice::from_raw_parts_mut(self.buffer(id), len.min(self.len as usize)) }
     }
 
     /// Gives buffer `id` to the kernel.

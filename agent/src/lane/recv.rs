@@ -6,6 +6,7 @@ use super::decode::DecodeError;
 use super::encode::DEFAULT_WINDOW_LOG;
 use super::frame::{FrameError, MAX_NEEDS};
 use super::intake::Intake;
+use super::record::{HEADER, LaneStream, MAX_BODY, RecordError};
 use super::ring::{Ring, RingConfig};
 use super::setup::RingError;
 use super::stats::{ReceiverCounters, ReceiverStats};
@@ -15,7 +16,6 @@ use crate::types::{GangId, Gfn, VmIndex};
 use crossbeam_channel::Receiver;
 use std::collections::VecDeque;
 use std::io;
-use std::net::TcpStream;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -48,11 +48,13 @@ impl ReceiveConfig {
         }
     }
 
-    /// Memory of the lane at most, in bytes: receive buffers, one frame, one
-    /// decoded batch, one zstd context.
+    /// Memory of the lane at most, in bytes: receive buffers, one record, one
+    /// frame, one decoded batch, one zstd context.
     pub fn bytes(&self) -> usize {
         let (count, len) = RECV_BUFFERS;
         usize::from(count) * len as usize
+            + HEADER
+            + MAX_BODY
             + 2 * super::pool::BUF_LEN
             + (1 << self.window_log)
             + (1 << 20)
@@ -67,6 +69,9 @@ pub enum ReceiveError {
     /// The source sent something that is not a valid frame.
     #[error("sent a bad frame")]
     Frame(#[from] FrameError),
+    /// What came is not what the source sent.
+    #[error("encryption failed")]
+    Record(#[from] RecordError),
     /// The source sent a frame that cannot be decoded.
     #[error("sent a batch that cannot be decoded")]
     Decode(#[from] DecodeError),
@@ -201,7 +206,7 @@ pub struct LaneReceiver {
 impl LaneReceiver {
     /// Takes an accepted connection, preamble done, and starts its thread.
     pub fn start(
-        stream: TcpStream,
+        stream: LaneStream,
         config: ReceiveConfig,
         sink: Arc<dyn BatchSink>,
     ) -> Result<LaneReceiver, StartError> {
@@ -209,6 +214,7 @@ impl LaneReceiver {
             peer: config.peer.clone(),
             source,
         };
+        let LaneStream { tcp: stream, keys } = stream;
         tcp::prepare(&stream, config.patience).map_err(|e| error(RingError::Resources(e)))?;
         let shared = Arc::new(Shared {
             waiting: Mutex::new(Waiting::default()),
@@ -238,7 +244,7 @@ impl LaneReceiver {
                 match ring {
                     Ok(ring) => {
                         let _ = ready_sender.send(Ok(()));
-                        Intake::new(thread_shared, thread_config, sink).run(ring);
+                        Intake::new(thread_shared, thread_config, sink, keys).run(ring);
                     }
                     Err(error) => {
                         let _ = ready_sender.send(Err(error));

@@ -57,8 +57,8 @@ pub(super) enum Completion<'a> {
     Sent(io::Result<usize>),
     /// The kernel has let go of a zero-copy send's memory.
     Released { copied: bool },
-    /// Bytes from the peer.
-    Data(&'a [u8]),
+    /// Bytes from the peer, to be overwritten at will.
+    Data(&'a mut [u8]),
     /// The peer ended the connection.
     Eof,
     /// Receiving failed.
@@ -324,7 +324,7 @@ impl Ring {
                     let len = (result as usize).min(memory.len());
                     // SAFETY: the one receive into `memory` has completed and
                     // wrote `len` bytes; the next is armed only later.
-                    let bytes = unsafe { std::slice::from_raw_parts(memory.as_ptr(), len) };
+                    let bytes = unsafe { std::slice::from_raw_parts_mut(memory.as_mut_ptr(), len) };
                     return tell(Completion::Data(bytes));
                 }
             }

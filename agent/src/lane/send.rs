@@ -2,10 +2,11 @@
 //! lost, connect again.
 
 use super::batch::{BatchId, LaneEvent, LostBatch};
-use super::drive::Connection;
+use super::drive::{Connection, Finish};
 use super::encode::EncodeError;
 use super::frame::{BatchHead, FrameError};
 use super::pool::BufferPool;
+use super::record::RecordError;
 use super::set::Shared;
 use super::setup::RingError;
 use super::stats::LaneCounters;
@@ -44,6 +45,8 @@ pub(super) enum LaneError {
     Refused(String),
     #[error("the target sent a bad frame")]
     Frame(#[from] FrameError),
+    #[error("encryption failed")]
+    Record(#[from] RecordError),
     #[error("the target acknowledged batch {} which is not under way", .0.0)]
     UnknownAck(BatchId),
     #[error("batch {} was submitted while it was still under way", .0.0)]
@@ -91,7 +94,14 @@ impl LaneThread {
             let began = Instant::now();
             let outcome = self.connection(&mut unacked);
             self.report_lost(unacked);
-            let Err(error) = outcome else { break };
+            let error = match outcome {
+                Ok(Finish::Closed) => break,
+                Ok(Finish::Worn) => {
+                    tracing::debug!(%peer, lane = self.index, "lane reopens with fresh keys");
+                    continue;
+                }
+                Err(error) => error,
+            };
             let why = format!("lane {} to {peer}: {}", self.index, chain(&error));
             let connected = !matches!(error, LaneError::Connect(_));
             if connected {
@@ -122,15 +132,15 @@ impl LaneThread {
     }
 
     /// One connection from beginning to end. `Ok` if it ended in order.
-    fn connection(&self, unacked: &mut Unacked) -> Result<(), LaneError> {
+    fn connection(&self, unacked: &mut Unacked) -> Result<Finish, LaneError> {
         let stream = (self.shared.connect)().map_err(LaneError::Connect)?;
-        let watch = self.shared.pacing.watch(stream.as_fd());
+        let watch = self.shared.pacing.watch(stream.tcp.as_fd());
         let mut connection = Connection::open(self, stream, unacked)?;
         {
             let mut state = self.shared.state();
             if state.failed.is_some() {
                 // Another lane has just given the peer up.
-                return Ok(());
+                return Ok(Finish::Closed);
             }
             state.queues[self.index].up = true;
             state.queues[self.index].link_bound = true;

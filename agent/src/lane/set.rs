@@ -4,6 +4,8 @@ use super::batch::{LaneEvent, Pacing, StagedBatch};
 use super::encode::EncodeConfig;
 use super::frame::FrameError;
 use super::pool::{BUF_LEN, BufferPool};
+use super::record::{KEY_RECORDS, LaneStream};
+use super::seal::SEALED_BUFS;
 use super::send::{self, LaneThread};
 use super::stats::{LaneCounters, LaneStats};
 use super::waker::Waker;
@@ -11,7 +13,6 @@ use crate::types::Class;
 use crossbeam_channel::{Receiver, Sender};
 use std::collections::VecDeque;
 use std::io;
-use std::net::TcpStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,7 @@ const EVENTS: usize = 4096;
 /// Makes a lane's connection, preamble included: lanes call it when they start
 /// and whenever a connection broke. It must keep its own time limit (a few
 /// seconds), also in the preamble.
-pub type Connector = Arc<dyn Fn() -> io::Result<TcpStream> + Send + Sync>;
+pub type Connector = Arc<dyn Fn() -> io::Result<LaneStream> + Send + Sync>;
 
 /// How a set of lanes works.
 #[derive(Debug, Clone)]
@@ -56,6 +57,9 @@ pub struct LaneSetConfig {
     pub max_chunk: usize,
     /// TCP congestion control; `None` for the system's default.
     pub congestion: Option<String>,
+    /// Records encrypted with one key; then the lane is reopened, in order, with
+    /// fresh ones.
+    pub key_records: u64,
 }
 
 impl LaneSetConfig {
@@ -74,14 +78,15 @@ impl LaneSetConfig {
             notsent_lowat: 128 << 10,
             max_chunk: 256 << 10,
             congestion: None,
+            key_records: KEY_RECORDS,
         }
     }
 
     /// Memory of the set beside the staging pool, in bytes, when every lane
-    /// compresses: output buffers, zstd contexts, receive buffers.
+    /// compresses: output and sealed buffers, zstd contexts, receive buffers.
     pub fn bytes(&self) -> usize {
         let context = super::encode::context_bytes_bound(&self.encode);
-        self.lanes * (OUT_BUFS * BUF_LEN + context + send::RECV_BYTES)
+        self.lanes * ((OUT_BUFS + SEALED_BUFS) * BUF_LEN + context + send::RECV_BYTES)
     }
 }
 

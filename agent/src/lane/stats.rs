@@ -41,7 +41,7 @@ pub struct LaneStats {
     pub references: u64,
     /// Bytes of list and contents before encoding.
     pub plain_bytes: u64,
-    /// Bytes given to TCP, frame headers included.
+    /// Bytes given to TCP, frame and record headers included.
     pub wire_bytes: u64,
     /// Bytes received (acknowledgements and the like).
     pub reverse_bytes: u64,
@@ -57,6 +57,8 @@ pub struct LaneStats {
     pub level: u64,
     /// Time spent compressing, in microseconds.
     pub encode_us: u64,
+    /// Time spent encrypting, in microseconds.
+    pub seal_us: u64,
     /// Time spent waiting for the pacer, in microseconds.
     pub pacer_wait_us: u64,
     /// Time spent waiting for the socket to take data, in microseconds.
@@ -92,6 +94,7 @@ pub(super) struct LaneCounters {
     pub(super) fell_back: Counter,
     pub(super) level: Counter,
     pub(super) encode_us: Counter,
+    pub(super) seal_us: Counter,
     pub(super) pacer_wait_us: Counter,
     pub(super) socket_wait_us: Counter,
     pub(super) overdrafts: Counter,
@@ -120,6 +123,7 @@ impl LaneCounters {
             fell_back_to_plain: self.fell_back.get() != 0,
             level: self.level.get(),
             encode_us: self.encode_us.get(),
+            seal_us: self.seal_us.get(),
             pacer_wait_us: self.pacer_wait_us.get(),
             socket_wait_us: self.socket_wait_us.get(),
             overdrafts: self.overdrafts.get(),
@@ -140,6 +144,8 @@ pub struct ReceiverStats {
     pub pages: u64,
     /// Bytes received.
     pub wire_bytes: u64,
+    /// Time spent decrypting, in microseconds.
+    pub open_us: u64,
     /// Time spent decoding, in microseconds.
     pub decode_us: u64,
     /// Time spent in the sink, in microseconds.
@@ -159,6 +165,7 @@ pub(super) struct ReceiverCounters {
     pub(super) batches: Counter,
     pub(super) pages: Counter,
     pub(super) wire_bytes: Counter,
+    pub(super) open_us: Counter,
     pub(super) decode_us: Counter,
     pub(super) sink_us: Counter,
     pub(super) ring_enters: Counter,
@@ -172,6 +179,7 @@ impl ReceiverCounters {
             batches: self.batches.get(),
             pages: self.pages.get(),
             wire_bytes: self.wire_bytes.get(),
+            open_us: self.open_us.get(),
             decode_us: self.decode_us.get(),
             sink_us: self.sink_us.get(),
             ring_enters: self.ring_enters.get(),

@@ -120,7 +120,21 @@ pub(super) struct Target {
 }
 
 impl Target {
+    /// Takes lanes as [`connector`](Self::connector) makes them: encrypted.
     pub(super) fn start(ram: Arc<dyn BatchSink>) -> Target {
+        Self::accepting(ram, |tcp| LaneStream {
+            tcp,
+            keys: Some(LaneKeys::testing(false)),
+        })
+    }
+
+    /// Takes lanes that are not encrypted: from sources that write frames by
+    /// hand.
+    pub(super) fn start_plain(ram: Arc<dyn BatchSink>) -> Target {
+        Self::accepting(ram, LaneStream::plain)
+    }
+
+    fn accepting(ram: Arc<dyn BatchSink>, wrap: fn(TcpStream) -> LaneStream) -> Target {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let receivers = Arc::new(Mutex::new(Vec::new()));
@@ -129,7 +143,8 @@ impl Target {
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let config = ReceiveConfig::new("test source");
-                let receiver = LaneReceiver::start(stream.unwrap(), config, ram.clone()).unwrap();
+                let stream = wrap(stream.unwrap());
+                let receiver = LaneReceiver::start(stream, config, ram.clone()).unwrap();
                 accepted.lock().unwrap().push(receiver);
             }
         });
@@ -148,9 +163,23 @@ impl Target {
     }
 
     pub(super) fn connector(&self) -> Connector {
-        let address = self.address;
-        Arc::new(move || connect(address))
+        sealed_to(self.address)
     }
+}
+
+/// Opens encrypted lanes to `address`, maybe over something in between.
+pub(super) fn sealed_to(address: std::net::SocketAddr) -> Connector {
+    Arc::new(move || {
+        Ok(LaneStream {
+            tcp: connect(address)?,
+            keys: Some(LaneKeys::testing(true)),
+        })
+    })
+}
+
+/// Opens lanes to `address` that are not encrypted.
+pub(super) fn plain_to(address: std::net::SocketAddr) -> Connector {
+    Arc::new(move || connect(address).map(LaneStream::plain))
 }
 
 pub(super) fn connect(address: std::net::SocketAddr) -> io::Result<TcpStream> {

@@ -48,15 +48,29 @@ pub(super) fn assert_pages(ram: &Ram, gfns: impl Iterator<Item = u32>) {
     }
 }
 
-fn all_arrive(compress: Compress) -> (Vec<LaneStats>, usize) {
+/// Over encrypted lanes, and over lanes that are not.
+fn all_arrive(compress: Compress, check: impl Fn(&[LaneStats], usize)) {
+    let (sealed, compressed) = all_arrive_at(compress, Target::start, sealed_to);
+    check(&sealed, compressed);
+    assert!(sealed.iter().any(|lane| lane.seal_us > 0));
+    let (plain, compressed) = all_arrive_at(compress, Target::start_plain, plain_to);
+    check(&plain, compressed);
+    assert!(plain.iter().all(|lane| lane.seal_us == 0));
+}
+
+fn all_arrive_at(
+    compress: Compress,
+    start: fn(Arc<dyn BatchSink>) -> Target,
+    to: fn(std::net::SocketAddr) -> Connector,
+) -> (Vec<LaneStats>, usize) {
     let ram = Arc::new(Ram::default());
-    let target = Target::start(ram.clone());
+    let target = start(ram.clone());
     let pool = BufferPool::new(8).unwrap();
     let set = LaneSet::start(
         config(compress),
         &pool,
         Arc::new(Unpaced),
-        target.connector(),
+        to(target.address),
     )
     .unwrap();
     let counts = [128u32, 1, 0, 77, 128, 5, 128, 128, 64, 3];
@@ -89,28 +103,30 @@ fn all_arrive(compress: Compress) -> (Vec<LaneStats>, usize) {
 
 #[test]
 fn raw_batches_arrive_and_zero_copy_is_accounted_for() {
-    let (stats, compressed) = all_arrive(Compress::Never);
-    assert_eq!(compressed, 0);
-    let sum = |f: fn(&LaneStats) -> u64| stats.iter().map(f).sum::<u64>();
-    assert_eq!(sum(|s| s.batches), 10);
-    assert_eq!(sum(|s| s.pages), 662);
-    // Loopback: the kernel must report copies, never a zero copy.
-    assert_eq!(sum(|s| s.sends_zero_copied), 0);
-    assert!(sum(|s| s.sends_copied) > 0);
-    assert!(sum(|s| s.wire_bytes) > 662 * 4096);
+    all_arrive(Compress::Never, |stats, compressed| {
+        assert_eq!(compressed, 0);
+        let sum = |f: fn(&LaneStats) -> u64| stats.iter().map(f).sum::<u64>();
+        assert_eq!(sum(|s| s.batches), 10);
+        assert_eq!(sum(|s| s.pages), 662);
+        // Loopback: the kernel must report copies, never a zero copy.
+        assert_eq!(sum(|s| s.sends_zero_copied), 0);
+        assert!(sum(|s| s.sends_copied) > 0);
+        assert!(sum(|s| s.wire_bytes) > 662 * 4096);
+    });
 }
 
 #[test]
 fn zstd_batches_arrive_and_are_smaller() {
-    let (stats, compressed) = all_arrive(Compress::Always);
-    assert!(compressed >= 8, "{compressed} of 10 compressed");
-    let wire: u64 = stats.iter().map(|s| s.wire_bytes).sum();
-    assert!(wire < 662 * 4096 * 6 / 10, "{wire} bytes on the wire");
+    all_arrive(Compress::Always, |stats, compressed| {
+        assert!(compressed >= 8, "{compressed} of 10 compressed");
+        let wire: u64 = stats.iter().map(|s| s.wire_bytes).sum();
+        assert!(wire < 662 * 4096 * 6 / 10, "{wire} bytes on the wire");
+    });
 }
 
 #[test]
 fn auto_batches_arrive() {
-    all_arrive(Compress::Auto);
+    all_arrive(Compress::Auto, |_, _| ());
 }
 
 #[test]

@@ -52,13 +52,7 @@ fn a_broken_lane_reports_lost_reopens_and_everything_arrives_after_resubmission(
     let pool = BufferPool::new(8).unwrap();
     let mut config = config(Compress::Never);
     config.lanes = 2;
-    let set = LaneSet::start(
-        config,
-        &pool,
-        Arc::new(Unpaced),
-        Arc::new(move || connect(address)),
-    )
-    .unwrap();
+    let set = LaneSet::start(config, &pool, Arc::new(Unpaced), sealed_to(address)).unwrap();
     let mut waiting: HashSet<u64> = (0..24).collect();
     let mut to_send: Vec<u64> = (0..24).rev().collect();
     let (mut lost_count, mut downs) = (0, 0);
@@ -108,13 +102,7 @@ fn a_target_that_stalls_is_noticed_within_two_seconds() {
     let pool = BufferPool::new(4).unwrap();
     let mut config = config(Compress::Never);
     config.lanes = 1;
-    let set = LaneSet::start(
-        config,
-        &pool,
-        Arc::new(Unpaced),
-        Arc::new(move || connect(address)),
-    )
-    .unwrap();
+    let set = LaneSet::start(config, &pool, Arc::new(Unpaced), sealed_to(address)).unwrap();
     let _held = listener.accept().unwrap();
     until(&set, |event| matches!(event, LaneEvent::LaneUp { .. }));
     let start = Instant::now();
@@ -147,7 +135,7 @@ fn a_target_that_stalls_is_noticed_within_two_seconds() {
 
 #[test]
 fn a_silent_source_is_noticed_within_two_seconds() {
-    let target = Target::start(Arc::new(Ram::default()));
+    let target = Target::start_plain(Arc::new(Ram::default()));
     let _source = connect(target.address).unwrap();
     let start = Instant::now();
     target.await_receivers(1);
@@ -167,7 +155,7 @@ fn a_silent_source_is_noticed_within_two_seconds() {
 
 #[test]
 fn garbage_closes_the_lane_and_the_sender_is_told_why() {
-    let target = Target::start(Arc::new(Ram::default()));
+    let target = Target::start_plain(Arc::new(Ram::default()));
     for garbage in [
         &b"GET / HTTP/1.1\r\nHost: drover\r\n\r\n"[..],
         // A prologue that promises 4 GiB.
@@ -248,13 +236,7 @@ fn a_batch_acknowledged_before_it_was_sent_is_not_believed() {
     let pool = BufferPool::new(4).unwrap();
     let mut config = config(Compress::Never);
     config.lanes = 1;
-    let set = LaneSet::start(
-        config,
-        &pool,
-        Arc::new(Gated::default()),
-        Arc::new(move || connect(address)),
-    )
-    .unwrap();
+    let set = LaneSet::start(config, &pool, Arc::new(Gated::default()), plain_to(address)).unwrap();
     let (mut target, _) = listener.accept().unwrap();
     until(&set, |event| matches!(event, LaneEvent::LaneUp { .. }));
     set.submit(batch(&pool, 7, 0, 20, Class::Precopy), LIMIT)

@@ -98,6 +98,8 @@ pub struct FrameWriter<W> {
     inner: W,
     buffer: Vec<u8>,
     start: usize,
+    /// What was written may still be in a buffer of `inner`: TLS has one.
+    unflushed: bool,
     max: usize,
 }
 
@@ -108,13 +110,15 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
             inner,
             buffer: Vec::new(),
             start: 0,
+            unflushed: false,
             max,
         }
     }
 
-    /// Bytes that wait to be written.
+    /// Bytes that wait to be written; not 0 while [`drain`](Self::drain) has
+    /// anything to do.
     pub fn pending(&self) -> usize {
-        self.buffer.len() - self.start
+        self.buffer.len() - self.start + usize::from(self.unflushed)
     }
 
     /// Adds a frame whose payload `fill` appends. Nothing is added if it gets
@@ -142,21 +146,26 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     /// Writes some of what waits. Cancel-safe. Returns at once if nothing
     /// waits.
     pub async fn drain(&mut self) -> io::Result<()> {
-        if self.pending() == 0 {
-            return Ok(());
+        if self.start < self.buffer.len() {
+            match self.inner.write(&self.buffer[self.start..]).await? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                n => self.start += n,
+            }
+            self.unflushed = true;
+            if self.start == self.buffer.len() {
+                self.buffer.clear();
+                self.start = 0;
+                // Do not keep the room of one large burst for ever.
+                self.buffer.shrink_to(1 << 20);
+            } else if self.start > 256 << 10 {
+                self.buffer.drain(..self.start);
+                self.start = 0;
+            }
         }
-        match self.inner.write(&self.buffer[self.start..]).await? {
-            0 => return Err(io::ErrorKind::WriteZero.into()),
-            n => self.start += n,
-        }
-        if self.start == self.buffer.len() {
-            self.buffer.clear();
-            self.start = 0;
-            // Do not keep the room of one large burst for ever.
-            self.buffer.shrink_to(1 << 20);
-        } else if self.start > 256 << 10 {
-            self.buffer.drain(..self.start);
-            self.start = 0;
+        // While there is more to write, that pushes on what went before.
+        if self.unflushed && self.buffer.is_empty() {
+            self.inner.flush().await?;
+            self.unflushed = false;
         }
         Ok(())
     }

@@ -1,8 +1,9 @@
 //! The agent's one listening port.
 
 use super::Roster;
+use super::accept::{AcceptError, accept};
 use super::preamble::{Hello, Verdict};
-use super::stream::{AcceptError, Stream, accept};
+use super::stream::Stream;
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;

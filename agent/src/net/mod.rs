@@ -9,24 +9,35 @@
 //! |---|---|---|
 //! | `Control` | requests and notices between agents, [`rpc`] | control runtime |
 //! | `Rack` | claims, page fetches, load reports, [`rack`] | a thread of its own |
-//! | `Lane` | pages | data threads, as a blocking-mode `TcpStream` |
+//! | `Lane` | pages | data threads, as a [`stream::LaneSocket`] |
 //! | `DeviceState` | the device state of one VM | control runtime |
 //!
-//! [`stream`] has the one `connect()` and the one `accept()` all of them go
-//! through.
+//! All of them go through the one [`connect()`] and the one [`accept::accept`];
+//! [`tls`] is what they are protected with.
 
+pub mod accept;
+pub mod connect;
+mod explain;
 pub mod frame;
 pub mod listener;
 pub mod preamble;
 pub mod rack;
 mod roster;
 pub mod rpc;
+mod socket;
 pub mod stream;
+pub mod tls;
 
+pub use connect::{ConnectError, ConnectFailure, connect};
+pub use explain::TlsFailure;
 pub use listener::{ConnectionHandler, Incoming, Listener, ListenerLimits};
 pub use preamble::{Hello, Kind};
 pub use roster::{Member, Roster};
-pub use stream::{ConnectError, Stream, connect};
+pub use socket::Socket;
+pub use stream::{LaneSocket, Stream};
+pub use tls::{Security, TlsStore};
 
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tls_tests;

@@ -10,8 +10,8 @@
 //! the proof itself) under a key derived from the cluster secret, cut to 16
 //! bytes; the answer's also covers the caller's nonce. They tell hosts of
 //! another cluster, or with an old secret, apart early and with a clear
-//! message. They are no replacement for TLS: what follows on the connection is
-//! not covered.
+//! message. They are no replacement for TLS, inside which all of this goes
+//! (see [`super::tls`]): what follows on the connection is not covered.
 //!
 //! This module is the codec alone; [`super::stream`] sends and receives.
 
@@ -99,10 +99,14 @@ pub enum Verdict {
     Busy,
     /// Not wanted now, for instance because no such gang is moving.
     Unwanted,
+    /// One side speaks TLS, the other does not.
+    Tls,
+    /// The caller's certificate is another agent's.
+    Certificate,
 }
 
 impl Verdict {
-    const ALL: [Verdict; 7] = [
+    const ALL: [Verdict; 9] = [
         Verdict::Accepted,
         Verdict::Version,
         Verdict::Stranger,
@@ -110,6 +114,8 @@ impl Verdict {
         Verdict::NotMe,
         Verdict::Busy,
         Verdict::Unwanted,
+        Verdict::Tls,
+        Verdict::Certificate,
     ];
 
     fn code(self) -> u8 {
@@ -376,7 +382,7 @@ mod tests {
     }
 
     fn answer() -> impl Strategy<Value = Answer> {
-        (0..7usize, "[ -~]{0,80}").prop_map(|(verdict, reason)| Answer {
+        (0..9usize, "[ -~]{0,80}").prop_map(|(verdict, reason)| Answer {
             verdict: Verdict::ALL[verdict],
             reason,
         })

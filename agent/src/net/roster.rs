@@ -1,7 +1,9 @@
 //! Who belongs to the cluster.
 
 use super::preamble::MembershipKey;
+use super::tls::Security;
 use crate::config::{AgentConfig, ClusterSecret};
+use crate::pki::PkiError;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
@@ -36,22 +38,25 @@ pub struct Roster {
     me: Member,
     peers: BTreeMap<String, Member>,
     key: MembershipKey,
+    security: Security,
 }
 
 impl Roster {
     /// A roster of `me` and its `peers`; an entry of `me` among them is
     /// ignored.
-    pub fn new(me: Member, peers: Vec<Member>, secret: &ClusterSecret) -> Self {
+    pub fn new(me: Member, peers: Vec<Member>, secret: &ClusterSecret, security: Security) -> Self {
         let others = peers.into_iter().filter(|p| p.name != me.name);
         Roster {
             peers: others.map(|p| (p.name.clone(), p)).collect(),
             key: MembershipKey::derive(secret),
+            security,
             me,
         }
     }
 
     /// The roster a configuration describes.
-    pub fn from_config(config: &AgentConfig, secret: &ClusterSecret) -> Self {
+    pub fn from_config(config: &AgentConfig, secret: &ClusterSecret) -> Result<Self, PkiError> {
+        let security = Security::open(&config.tls, &config.name)?;
         let me = Member {
             name: config.name.clone(),
             rack: config.rack.clone(),
@@ -64,7 +69,7 @@ impl Roster {
             address: p.address,
             source_addresses: p.source_addresses.clone(),
         });
-        Self::new(me, peers.collect(), secret)
+        Ok(Self::new(me, peers.collect(), secret, security))
     }
 
     /// This agent.
@@ -104,6 +109,11 @@ impl Roster {
         let mut members: Vec<&Member> = all.filter(|m| m.rack == rack).collect();
         members.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         members
+    }
+
+    /// How connections are protected.
+    pub fn security(&self) -> &Security {
+        &self.security
     }
 
     pub(super) fn key(&self) -> &MembershipKey {
