@@ -412,6 +412,7 @@ fn check_config(config: &AgentConfig) {
     .chain(tls)
     .chain(&config.qemu_binaries)
     .chain(&config.hold_at_switch)
+    .chain(&config.moments)
     {
         assert!(path.is_absolute(), "{path:?}");
     }

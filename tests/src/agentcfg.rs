@@ -20,6 +20,8 @@ pub struct AgentOptions {
     pub hold_at_switch: Option<PathBuf>,
     /// Do without TLS: the product never does unless told to.
     pub plaintext: bool,
+    /// Where agents show and hold the moments of a handover.
+    pub moments: Option<PathBuf>,
     /// Use the eBPF meter; policies without it pace by queueing alone.
     pub meter: bool,
     /// Further lines for `policy.toml`.
@@ -33,6 +35,7 @@ impl Default for AgentOptions {
         AgentOptions {
             hold_at_switch: None,
             plaintext: false,
+            moments: None,
             meter: true,
             policy: String::new(),
             log: "info".into(),
@@ -154,8 +157,15 @@ fn config(
             pki::KEY_FILE
         );
     }
-    if let Some(dir) = &options.hold_at_switch {
-        let _ = write!(out, "\n[debug]\nhold_at_switch = {dir:?}\n");
+    out.push_str("\n[debug]\n");
+    let dirs = [
+        ("hold_at_switch", &options.hold_at_switch),
+        ("moments", &options.moments),
+    ];
+    for (key, dir) in dirs {
+        if let Some(dir) = dir {
+            let _ = writeln!(out, "{key} = {dir:?}");
+        }
     }
     out
 }

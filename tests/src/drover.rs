@@ -128,6 +128,15 @@ impl Agent {
         self.child.id() as i32
     }
 
+    /// Starts it again on `host`, its process having ended; its files stay.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start_again(&mut self, host: &Host) -> Result<()> {
+        *self = Agent::spawn(host, self.files.clone())?;
+        self.ready()
+    }
+
     /// Kills it, as a crash would.
     pub fn kill(&mut self) {
         registry::kill(&self.pidfd);
@@ -245,9 +254,24 @@ impl Cluster {
         moves: &[(String, String, String)],
         args: &[&str],
     ) -> Result<Migration> {
+        let coordinator = &moves.first().context("a plan moves at least one VM")?.1;
+        self.start_migration_at(coordinator, lab, gang, moves, args)
+    }
+
+    /// As [`Cluster::start_migration`], at the agent `coordinator`.
+    ///
+    /// # Errors
+    /// As [`Cluster::start_migration`].
+    pub fn start_migration_at(
+        &self,
+        coordinator: &str,
+        lab: &Lab,
+        gang: &str,
+        moves: &[(String, String, String)],
+        args: &[&str],
+    ) -> Result<Migration> {
         let plan = lab.run_dir().join(format!("{gang}.toml"));
         fs::write(&plan, agentcfg::plan(gang, moves))?;
-        let coordinator = &moves.first().context("a plan moves at least one VM")?.1;
         let agent = self.agent(coordinator);
         let stderr = if self.progress {
             Stdio::inherit()

@@ -372,7 +372,8 @@ pub fn tell_guest(control: &Path, line: &str) -> Result<()> {
         socket.write_all(piece)?;
         std::thread::sleep(Duration::from_millis(30));
     }
-    std::thread::sleep(Duration::from_millis(100));
+    // On a machine that is busy with builds this takes a while.
+    std::thread::sleep(Duration::from_millis(1500));
     Ok(())
 }
 

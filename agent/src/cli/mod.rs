@@ -12,7 +12,8 @@ mod vms;
 pub use error::{CliError, ExitCode};
 
 use args::{
-    BenchCommand, Cli, Command, ConfigCommand, PkiCommand, PolicyCommand, SecretCommand, VmCommand,
+    BenchCommand, Cli, Command, ConfigCommand, GangCommand, PkiCommand, PolicyCommand,
+    SecretCommand, VmCommand,
 };
 use clap::Parser;
 
@@ -44,6 +45,14 @@ fn run(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Migrate(migrate) => on_runtime(migrate::run(&socket, migrate)),
         Command::Status { json } => on_runtime(vms::status(&socket, json)),
         Command::Cancel { gang, vm } => on_runtime(migrate::cancel(&socket, &gang, vm.as_deref())),
+        Command::Gang { command } => on_runtime(async {
+            match command {
+                GangCommand::Resume { gang, json } => migrate::resume(&socket, &gang, json).await,
+                GangCommand::Resolve { vm, runs_on } => {
+                    migrate::resolve(&socket, vm, runs_on).await
+                }
+            }
+        }),
         Command::Config {
             command: ConfigCommand::Check { file, file_only },
         } => check::config(&file, file_only),

@@ -7,6 +7,7 @@ use crate::pki::TlsFiles;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Everything an agent is told by its operator. Paths are absolute: relative
 /// ones in the file count from the file's directory.
@@ -50,10 +51,15 @@ pub struct AgentConfig {
     pub placeholders: BTreeMap<String, String>,
     /// Cap of the memory that holds page data in flight, bytes.
     pub data_memory: u64,
+    /// How to prove that another host is down, when a VM is in doubt.
+    pub fencing: Option<FencingConfig>,
     /// `[debug] hold_at_switch`: before a VM is committed, its source agent
     /// writes `NAME.ready` here with the paths of both RAM files, and waits (at
     /// most 30 s) for `NAME.go`. For tests that compare guest RAM at the switch.
     pub hold_at_switch: Option<PathBuf>,
+    /// `[debug] moments`: where the agent shows how far handovers are, and
+    /// tests hold it; see [`crate::gang::moments`].
+    pub moments: Option<PathBuf>,
 }
 
 /// How connections between agents are protected.
@@ -76,6 +82,16 @@ pub struct PeerConfig {
     pub address: SocketAddr,
     /// Addresses it may connect from besides that of `address`.
     pub source_addresses: Vec<IpAddr>,
+}
+
+/// `[fencing]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FencingConfig {
+    /// Program and arguments; the host to be fenced and the VM in doubt are
+    /// added as two more. It succeeds only if that host is down.
+    pub command: Vec<String>,
+    /// How long it may take.
+    pub limit: Duration,
 }
 
 /// How the agent logs, to standard error.
@@ -160,7 +176,9 @@ pub(super) struct Draft {
     pub(super) qemu_binaries: Option<Vec<PathBuf>>,
     pub(super) placeholders: BTreeMap<String, String>,
     pub(super) data_memory: Option<ByteSize>,
+    pub(super) fencing: Option<FencingConfig>,
     pub(super) hold_at_switch: Option<PathBuf>,
+    pub(super) moments: Option<PathBuf>,
 }
 
 fn read(file: &Path, root: &Section<'_, '_>) -> Draft {
@@ -170,6 +188,7 @@ fn read(file: &Path, root: &Section<'_, '_>) -> Draft {
         let path: Option<PathBuf> = root.required(key, remedy);
         path.map(|p| here.join(p))
     };
+    let [hold_at_switch, moments] = check::debug(root).map(|dir| dir.map(|p| here.join(p)));
     Draft {
         file: file.to_owned(),
         name: root.required("name", "add name = \"…\": what plans call this host"),
@@ -197,7 +216,9 @@ fn read(file: &Path, root: &Section<'_, '_>) -> Draft {
         qemu_binaries: Some(root.or("qemu_binaries", Vec::new())),
         placeholders: check::placeholders(root),
         data_memory: Some(root.or("data_memory", ByteSize(64 << 20))),
-        hold_at_switch: check::hold_at_switch(root).map(|p| here.join(p)),
+        fencing: check::fencing(root),
+        hold_at_switch,
+        moments,
     }
 }
 
@@ -223,7 +244,9 @@ impl Draft {
             qemu_binaries: self.qemu_binaries?,
             placeholders: self.placeholders,
             data_memory: self.data_memory?.0,
+            fencing: self.fencing,
             hold_at_switch: self.hold_at_switch,
+            moments: self.moments,
             name,
         })
     }
