@@ -14,8 +14,8 @@ mod pacing;
 mod registry;
 mod report;
 
-use crate::api::{ApiLimits, ApiServer, ServeError};
-use crate::config::{AgentConfig, ClusterSecret, SecretError};
+use crate::api::{Access, ApiLimits, ApiServer, ServeError};
+use crate::config::{AgentConfig, ClusterSecret, GroupError, SecretError};
 use crate::dedup::fingerprint;
 use crate::gang::coordinator::{Caller, Gang};
 use crate::gang::handover::chain;
@@ -59,6 +59,9 @@ pub enum AgentError {
     /// The secret is not one that fingerprint keys can be derived from.
     #[error("cannot derive keys from the cluster secret")]
     Keys(#[from] fingerprint::SecretError),
+    /// A group of the API is not there.
+    #[error("cannot tell who may use the API")]
+    Group(#[from] GroupError),
     /// No API socket.
     #[error("cannot serve operators")]
     Serve(#[from] ServeError),
@@ -132,7 +135,11 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
         use tokio::signal::unix::{SignalKind, signal};
         let mut term = signal(SignalKind::terminate()).map_err(AgentError::Signal)?;
         let mut int = signal(SignalKind::interrupt()).map_err(AgentError::Signal)?;
-        let api = ApiServer::bind(&config.api_socket, ApiLimits::default())?;
+        let access = Access::find(
+            config.api_group.as_deref(),
+            config.api_readonly_group.as_deref(),
+        )?;
+        let api = ApiServer::bind(&config.api_socket, access, ApiLimits::default())?;
         let listener = Listener::bind(config.listen, ListenerLimits::default())?;
         let agent = Agent::assemble(config, secret, roster.clone(), policy, journal)?;
         agent.vms.find_again(&agent.config, &agent.journal).await;
