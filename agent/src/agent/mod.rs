@@ -140,7 +140,7 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
             config.api_readonly_group.as_deref(),
         )?;
         let api = ApiServer::bind(&config.api_socket, access, ApiLimits::default())?;
-        let listener = Listener::bind(config.listen, ListenerLimits::default())?;
+        let listener = Listener::bind(config.listen, listener_limits(&policy.policy()))?;
         let agent = Agent::assemble(config, secret, roster.clone(), policy, journal)?;
         agent.vms.find_again(&agent.config, &agent.journal).await;
         agent.report_journal();
@@ -371,6 +371,14 @@ fn start_pacer(
         boot: u64::from_le_bytes(boot),
     };
     Pacer::start(identity, policy, meter)
+}
+
+/// Lanes cost memory, so one peer gets those of some gangs, not of any number.
+fn listener_limits(policy: &Policy) -> ListenerLimits {
+    let mut limits = ListenerLimits::default();
+    let two_gangs = 2 * policy.limits.lanes_per_pair as usize;
+    limits.per_peer.lanes = limits.per_peer.lanes.max(two_gangs);
+    limits
 }
 
 /// Attaches the meter to the uplinks; the error is what to tell the operator.

@@ -17,6 +17,7 @@
 
 pub mod frame;
 pub mod listener;
+pub mod places;
 pub mod preamble;
 pub mod rack;
 mod roster;
