@@ -247,6 +247,7 @@ fn lanes(add: Add<'_>) {
                 batch: BatchId(batch),
                 round: Round(2),
                 class,
+                domain: 0,
                 entries,
                 content: Some(content),
             };

@@ -3,7 +3,7 @@
 //! only what the agent answers is written here.
 
 use drover::api::types::*;
-use drover::api::{ApiCall, ApiLimits, ApiServer};
+use drover::api::{Access, ApiCall, ApiLimits, ApiServer};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::path::{Path, PathBuf};
@@ -52,7 +52,8 @@ impl Agent {
         let seen = cancels.clone();
         let thread = std::thread::spawn(move || {
             tokio_uring::start(async move {
-                let server = ApiServer::bind(&socket, ApiLimits::default()).unwrap();
+                let server =
+                    ApiServer::bind(&socket, Access::default(), ApiLimits::default()).unwrap();
                 ready.send(()).unwrap();
                 let (calls, queue) = tokio::sync::mpsc::channel(8);
                 tokio::select! {

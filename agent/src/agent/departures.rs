@@ -99,7 +99,8 @@ impl Agent {
             let space = spec
                 .claim_space(rack)
                 .ok_or("a target rack without a claim space")?;
-            self.data.open_shard(space);
+            let opened = self.data.open_shard(space, spec, rack);
+            opened.map_err(|e| e.to_string())?;
             let limit = policy.limits.claim_deadline;
             let dedup = SourceDedup::new(ShardMap::new(&ids), spec.hosts.len() as u16);
             let stage = StageShared {

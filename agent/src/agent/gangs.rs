@@ -11,7 +11,6 @@ use crate::gang::message::{GangRequest, GangResponse, GangSpec};
 use crate::gang::plan::MAX_VMS;
 use crate::gang::source::SourceGang;
 use crate::gang::target::TargetGang;
-use crate::net::listener::ConnectionPermit;
 use crate::types::{Class, GangId, VmIndex};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -25,6 +24,9 @@ const ORPHANED_AFTER: Duration = Duration::from_secs(30);
 /// A coordinator that has been silent for this long may be followed by another.
 const SILENT_AFTER: Duration = Duration::from_secs(2);
 
+/// Gangs that are open here at a time: their tables take memory.
+const MAX_GANGS: usize = 64;
+
 /// One gang as this host takes part in it.
 pub(super) struct LocalGang {
     pub(super) spec: GangSpec,
@@ -32,9 +34,6 @@ pub(super) struct LocalGang {
     pub(super) target: Option<Arc<TargetGang>>,
     pub(super) departures: RefCell<BTreeMap<VmIndex, Departure>>,
     pub(super) arrivals: RefCell<BTreeMap<VmIndex, Rc<Arrival>>>,
-    /// Connections of this gang's lanes count towards the listener's limit for
-    /// as long as the gang is open.
-    pub(super) permits: RefCell<Vec<ConnectionPermit>>,
     heard: Cell<Instant>,
     /// Who drives it now, and when that one spoke last.
     coordinator: RefCell<String>,
@@ -304,12 +303,26 @@ impl Agent {
                 ));
             }
         }
-        if self.gang(spec.id).is_ok() {
-            return Ok(());
+        if let Ok(open) = self.gang(spec.id) {
+            return match open.spec == spec {
+                true => Ok(()),
+                false => Err(format!(
+                    "gang {} is open here with another plan, coordinated by {}",
+                    spec.id, open.spec.coordinator
+                )),
+            };
+        }
+        if self.gangs.borrow().len() >= MAX_GANGS {
+            return Err(format!(
+                "{} takes part in {MAX_GANGS} gangs already; wait for the end of one",
+                self.name()
+            ));
         }
         let profile = spec.profile.parse().map_err(|e| format!("profile: {e}"))?;
         let source = match spec.leaving(self.name()).next() {
-            Some(_) => Some(Arc::new(self.source_gang(&spec)?)),
+            Some(_) => Some(Arc::new(self.source_gang(&spec).inspect_err(|_| {
+                self.data.close_shards(spec.id);
+            })?)),
             None => None,
         };
         let target = match spec.arriving(self.name()).next() {
@@ -327,7 +340,6 @@ impl Agent {
             target,
             departures: RefCell::default(),
             arrivals: RefCell::default(),
-            permits: RefCell::default(),
             heard: Cell::new(Instant::now()),
             coordinator: RefCell::new(spec.coordinator.clone()),
             coordinator_heard: Cell::new(Instant::now()),
@@ -354,11 +366,7 @@ impl Agent {
             self.land(&arrival, TargetEvent::GiveUp).await;
         }
         self.data.close_target(id);
-        for rack in gang.spec.target_racks() {
-            if let Some(space) = gang.spec.claim_space(rack) {
-                self.data.close_shard(space);
-            }
-        }
+        self.data.close_shards(id);
         if let Some(source) = &gang.source {
             self.keep_lane_totals(source);
         }
@@ -374,7 +382,6 @@ impl Agent {
         if let Err(panic) = closing.await {
             tracing::error!(%panic, "closing a gang's lanes panicked");
         }
-        gang.permits.borrow_mut().clear();
         if self.gangs.borrow().values().all(|g| g.source.is_none()) {
             self.pacer.set_profile(self.policy().profile);
         }

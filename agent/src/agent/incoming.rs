@@ -90,16 +90,16 @@ impl Agent {
                 return;
             }
         };
-        let name = peer.clone();
+        let (name, place) = (peer.clone(), incoming.permit);
         // Starting a lane waits for its thread's ring.
         let started = tokio::task::spawn_blocking(move || {
-            let sink = Arc::new(LaneSink(target.clone()));
+            let sink = Arc::new(LaneSink::new(target.clone(), &name));
             let lane = LaneReceiver::start(stream, ReceiveConfig::new(name.clone()), sink)?;
-            target.lane_opened(&name, lane);
+            target.lane_opened(&name, lane, place);
             Ok::<_, crate::lane::recv::StartError>(())
         });
         match started.await {
-            Ok(Ok(())) => gang.permits.borrow_mut().push(incoming.permit),
+            Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::error!(%peer, %error, "lane not started"),
             Err(panic) => tracing::error!(%peer, %panic, "starting a lane panicked"),
         }

@@ -18,8 +18,8 @@ mod registry;
 mod report;
 mod resolve;
 
-use crate::api::{ApiLimits, ApiServer, ServeError};
-use crate::config::{AgentConfig, ClusterSecret, SecretError};
+use crate::api::{Access, ApiLimits, ApiServer, ServeError};
+use crate::config::{AgentConfig, ClusterSecret, GroupError, SecretError};
 use crate::dedup::fingerprint;
 use crate::gang::coordinator::{Caller, Gang};
 use crate::gang::handover::care::Care;
@@ -73,6 +73,9 @@ pub enum AgentError {
     /// The secret is not one that fingerprint keys can be derived from.
     #[error("cannot derive keys from the cluster secret")]
     Keys(#[from] fingerprint::SecretError),
+    /// A group of the API is not there.
+    #[error("cannot tell who may use the API")]
+    Group(#[from] GroupError),
     /// No API socket.
     #[error("cannot serve operators")]
     Serve(#[from] ServeError),
@@ -153,8 +156,12 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
         use tokio::signal::unix::{SignalKind, signal};
         let mut term = signal(SignalKind::terminate()).map_err(AgentError::Signal)?;
         let mut int = signal(SignalKind::interrupt()).map_err(AgentError::Signal)?;
-        let api = ApiServer::bind(&config.api_socket, ApiLimits::default())?;
-        let listener = Listener::bind(config.listen, ListenerLimits::default())?;
+        let access = Access::find(
+            config.api_group.as_deref(),
+            config.api_readonly_group.as_deref(),
+        )?;
+        let api = ApiServer::bind(&config.api_socket, access, ApiLimits::default())?;
+        let listener = Listener::bind(config.listen, listener_limits(&policy.policy()))?;
         let agent = Agent::assemble(config, secret, roster.clone(), policy, journal)?;
         agent.recover().await;
         let name = &agent.config.name;
@@ -410,6 +417,14 @@ fn start_pacer(
         boot: u64::from_le_bytes(boot),
     };
     Pacer::start(identity, policy, meter)
+}
+
+/// Lanes cost memory, so one peer gets those of some gangs, not of any number.
+fn listener_limits(policy: &Policy) -> ListenerLimits {
+    let mut limits = ListenerLimits::default();
+    let two_gangs = 2 * policy.limits.lanes_per_pair as usize;
+    limits.per_peer.lanes = limits.per_peer.lanes.max(two_gangs);
+    limits
 }
 
 /// Attaches the meter to the uplinks; the error is what to tell the operator.

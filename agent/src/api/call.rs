@@ -26,6 +26,8 @@ pub struct ApiError {
 pub enum ErrorKind {
     /// The request is wrong (400).
     Invalid,
+    /// The caller may not ask this (403).
+    Forbidden,
     /// There is no such VM or migration (404).
     NotFound,
     /// It cannot be done in the present state (409).

@@ -31,6 +31,17 @@ pub enum ClientError {
         #[source]
         source: io::Error,
     },
+    /// The socket is not for this user.
+    #[error("user {uid} may not use the agent on {socket}")]
+    NotAdmitted {
+        /// The socket.
+        socket: PathBuf,
+        /// Who asks.
+        uid: u32,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
     /// The agent said no.
     #[error("{}", .body.error)]
     Refused {
@@ -54,12 +65,15 @@ impl ClientError {
     /// What the operator can do about it.
     pub fn remedy(&self) -> String {
         match self {
-            ClientError::Unreachable { source, .. } => match source.kind() {
-                io::ErrorKind::PermissionDenied => "run it as root".to_owned(),
-                _ => "start the agent (systemctl start drover-agent), or name its socket \
-                      with --socket or DROVER_SOCKET"
-                    .to_owned(),
-            },
+            ClientError::Unreachable { .. } => {
+                "start the agent (systemctl start drover-agent), or \
+                                                name its socket with --socket or DROVER_SOCKET"
+                    .to_owned()
+            }
+            ClientError::NotAdmitted { .. } => "run it as root, or set api_group (or, to look \
+                                                only, api_readonly_group) in agent.toml to a group \
+                                                that this user is in and restart the agent"
+                .to_owned(),
             ClientError::Refused { body, .. } => body.remedy.clone(),
             ClientError::Broken(_) | ClientError::TimedOut => {
                 "look into the agent's log (journalctl -u drover-agent)".to_owned()
@@ -72,7 +86,9 @@ impl ClientError {
     pub fn is_unreachable(&self) -> bool {
         !matches!(
             self,
-            ClientError::Refused { .. } | ClientError::Unreadable(_)
+            ClientError::Refused { .. }
+                | ClientError::NotAdmitted { .. }
+                | ClientError::Unreadable(_)
         )
     }
 }
@@ -194,9 +210,16 @@ impl ApiClient {
         body: Bytes,
     ) -> Result<Bytes, ClientError> {
         let stream = UnixStream::connect(&self.socket).await;
-        let stream = stream.map_err(|source| ClientError::Unreachable {
-            socket: self.socket.clone(),
-            source,
+        let stream = stream.map_err(|source| {
+            let socket = self.socket.clone();
+            match source.kind() {
+                io::ErrorKind::PermissionDenied => ClientError::NotAdmitted {
+                    socket,
+                    uid: nix::unistd::geteuid().as_raw(),
+                    source,
+                },
+                _ => ClientError::Unreachable { socket, source },
+            }
         })?;
         let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream));
         let (mut sender, connection) = handshake.await.map_err(ClientError::Broken)?;

@@ -1,5 +1,6 @@
 //! Routes: HTTP requests to [`ApiCall`]s and results to HTTP answers.
 
+use super::access;
 use super::call::{ApiCall, ApiError, ApiResult, ErrorKind, Reply};
 use super::server::ApiLimits;
 use super::types::{AdoptVm, Cancel, ErrorBody, MigrationRequest, Resolve, RunVm};
@@ -40,6 +41,7 @@ pub(super) fn router(calls: mpsc::Sender<ApiCall>, limits: ApiLimits) -> Router 
         .fallback(no_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(limits.body))
+        .layer(axum::middleware::from_fn(access::check))
         .with_state(Agent { calls, limits })
 }
 
@@ -200,9 +202,11 @@ fn json<T: Serialize>(result: ApiResult<T>) -> Response {
     }
 }
 
-fn refuse(error: ApiError) -> Response {
+/// The answer to a request that is not done.
+pub(super) fn refuse(error: ApiError) -> Response {
     let status = match error.kind {
         ErrorKind::Invalid => StatusCode::BAD_REQUEST,
+        ErrorKind::Forbidden => StatusCode::FORBIDDEN,
         ErrorKind::NotFound => StatusCode::NOT_FOUND,
         ErrorKind::Conflict => StatusCode::CONFLICT,
         ErrorKind::Failed => StatusCode::INTERNAL_SERVER_ERROR,

@@ -24,7 +24,7 @@ fn with_agent<F: Future<Output = ()>>(test: impl FnOnce(ApiClient, PathBuf) -> F
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("run/agent.sock");
     tokio_uring::start(async {
-        let server = ApiServer::bind(&path, limits()).unwrap();
+        let server = ApiServer::bind(&path, Access::default(), limits()).unwrap();
         let (calls, queue) = mpsc::channel(8);
         let test = tokio::time::timeout(LONG, test(ApiClient::new(&path), path.clone()));
         tokio::select! {
@@ -204,8 +204,8 @@ fn strange_requests_get_json_errors_and_slow_ones_are_cut_off() {
 fn the_socket_is_private_and_belongs_to_one_agent() {
     with_agent(|_, path| async move {
         let mode = path.metadata().unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o660);
-        let error = ApiServer::bind(&path, limits()).unwrap_err();
+        assert_eq!(mode & 0o777, 0o600);
+        let error = ApiServer::bind(&path, Access::default(), limits()).unwrap_err();
         assert!(matches!(error, ServeError::InUse(_)), "{error}");
         assert!(path.exists());
     });
@@ -218,15 +218,15 @@ fn a_socket_left_over_is_replaced_but_nothing_else() {
     tokio_uring::start(async {
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists());
-        drop(ApiServer::bind(&path, limits()).unwrap());
+        drop(ApiServer::bind(&path, Access::default(), limits()).unwrap());
         // Served by something that takes no lock.
         let other = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let error = ApiServer::bind(&path, limits()).unwrap_err();
+        let error = ApiServer::bind(&path, Access::default(), limits()).unwrap_err();
         assert!(matches!(error, ServeError::InUse(_)), "{error}");
         drop(other);
         std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "precious").unwrap();
-        let error = ApiServer::bind(&path, limits()).unwrap_err();
+        let error = ApiServer::bind(&path, Access::default(), limits()).unwrap_err();
         assert!(matches!(error, ServeError::InTheWay(_)), "{error}");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
     });

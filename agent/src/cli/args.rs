@@ -30,6 +30,7 @@ Exit codes:
     1  not done, or some VM did not arrive
     2  the command line, a configuration or a plan is wrong
     3  no agent answers
+    4  this user may not ask that of the agent
   130  interrupted, and so cancelled";
 
 /// The commands.

@@ -15,6 +15,8 @@ pub enum ExitCode {
     Usage = 2,
     /// No agent answers.
     Unreachable = 3,
+    /// The agent does not let this user do that.
+    Forbidden = 4,
     /// Interrupted (Ctrl-C), and so cancelled.
     Interrupted = 130,
 }
@@ -67,6 +69,9 @@ impl From<ClientError> for CliError {
     fn from(error: ClientError) -> Self {
         let code = match &error {
             ClientError::Refused { status: 400, .. } => ExitCode::Usage,
+            ClientError::Refused { status: 403, .. } | ClientError::NotAdmitted { .. } => {
+                ExitCode::Forbidden
+            }
             ClientError::Refused { .. } | ClientError::Unreadable(_) => ExitCode::Failed,
             _ => ExitCode::Unreachable,
         };

@@ -23,6 +23,10 @@ pub struct AgentConfig {
     pub listen: SocketAddr,
     /// The Unix socket of the HTTP API.
     pub api_socket: PathBuf,
+    /// The group whose members may do everything over the API; besides root.
+    pub api_group: Option<String>,
+    /// The group whose members may look at status, VMs and metrics.
+    pub api_readonly_group: Option<String>,
     /// Journals and other state that outlives the agent.
     pub state_dir: PathBuf,
     /// A directory a VM: sockets, logs, pid files.
@@ -162,6 +166,8 @@ pub(super) struct Draft {
     pub(super) rack: Option<String>,
     pub(super) listen: Option<SocketAddr>,
     pub(super) api_socket: Option<PathBuf>,
+    pub(super) api_group: Option<String>,
+    pub(super) api_readonly_group: Option<String>,
     pub(super) state_dir: Option<PathBuf>,
     pub(super) run_dir: Option<PathBuf>,
     pub(super) ram_dir: Option<PathBuf>,
@@ -199,6 +205,8 @@ fn read(file: &Path, root: &Section<'_, '_>) -> Draft {
         ),
         api_socket: Some(root.or("api_socket", PathBuf::from("/run/drover/agent.sock")))
             .map(|p| here.join(p)),
+        api_group: root.optional("api_group"),
+        api_readonly_group: root.optional("api_readonly_group"),
         state_dir: path("state_dir", "add state_dir = \"/var/lib/drover\""),
         run_dir: path("run_dir", "add run_dir = \"/run/drover/vms\""),
         ram_dir: path("ram_dir", "add ram_dir = \"/dev/shm/drover\""),
@@ -230,6 +238,8 @@ impl Draft {
             rack: self.rack?,
             listen: self.listen?,
             api_socket: self.api_socket?,
+            api_group: self.api_group,
+            api_readonly_group: self.api_readonly_group,
             state_dir: self.state_dir?,
             run_dir: self.run_dir?,
             ram_dir: self.ram_dir?,

@@ -49,6 +49,7 @@ fn a_good_file_is_read_whole() {
     let config = parse(GOOD).unwrap();
     assert_eq!(config.state_dir, Path::new("/etc/drover/state"));
     assert_eq!(config.api_socket, Path::new("/run/drover/agent.sock"));
+    assert_eq!(config.api_group, None);
     assert_eq!(config.data_memory, 64 << 20);
     assert_eq!(config.log.format, LogFormat::Json);
     assert_eq!(config.placeholders["images"], "/srv/images");
@@ -233,4 +234,17 @@ proptest::proptest! {
         bytes[at] = byte;
         let _ = parse(std::str::from_utf8(&bytes).unwrap());
     }
+}
+
+#[test]
+fn groups_of_the_api_are_named_and_differ() {
+    let with = |lines: &str| parse(&format!("{lines}{GOOD}"));
+    let config = with("api_group = \"ops\"\napi_readonly_group = \"look\"\n").unwrap();
+    assert_eq!(config.api_group.as_deref(), Some("ops"));
+    assert_eq!(config.api_readonly_group.as_deref(), Some("look"));
+    let complaint = |lines: &str| with(lines).unwrap_err().to_string();
+    let same = complaint("api_group = \"ops\"\napi_readonly_group = \"ops\"\n");
+    assert!(same.contains("is the same group as api_group"), "{same}");
+    let odd = complaint("api_group = \"a b\"\n");
+    assert!(odd.contains("cannot name a group"), "{odd}");
 }

@@ -3,7 +3,7 @@
 
 use super::agent::{Draft, FencingConfig, LogConfig, LogFormat, PeerConfig, TlsConfig};
 use super::document::{Section, closest};
-use super::{ByteSize, ClusterSecret, NAME_RULE, is_name};
+use super::{ByteSize, ClusterSecret, HostGroup, NAME_RULE, is_name};
 use crate::pki::{Credentials, PkiError, TlsFiles};
 use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
@@ -48,6 +48,7 @@ pub(super) fn file(root: &Section<'_, '_>, draft: &Draft) {
             "\"256 MiB\" is enough for a 10 Gbit/s core link",
         );
     }
+    api_groups(root, draft);
     directories_differ(root, draft);
     uplinks(root, draft);
     own_entry(root, draft);
@@ -61,6 +62,35 @@ pub(super) fn file(root: &Section<'_, '_>, draft: &Draft) {
                 "write the whole path, like \"/usr/bin/qemu-system-x86_64\"",
             );
         }
+    }
+}
+
+/// The keys of agent.toml that name groups, and what they name.
+fn named_groups(draft: &Draft) -> impl Iterator<Item = (&'static str, &str)> {
+    let keys = [
+        ("api_group", draft.api_group.as_deref()),
+        ("api_readonly_group", draft.api_readonly_group.as_deref()),
+    ];
+    keys.into_iter()
+        .filter_map(|(key, name)| Some((key, name?)))
+}
+
+fn api_groups(root: &Section<'_, '_>, draft: &Draft) {
+    for (key, name) in named_groups(draft) {
+        if name.is_empty() || name.contains(|c: char| c == ':' || c.is_whitespace()) {
+            root.complain(
+                key,
+                format!("`{name}` cannot name a group"),
+                "see `getent group`; leave the key out to admit root only",
+            );
+        }
+    }
+    if draft.api_group.is_some() && draft.api_group == draft.api_readonly_group {
+        root.complain(
+            "api_readonly_group",
+            "is the same group as api_group",
+            "leave it out: members of api_group may look, too",
+        );
     }
 }
 
@@ -373,6 +403,11 @@ pub(super) fn host(root: &Section<'_, '_>, draft: &Draft) {
     }
     if let Some(parent) = draft.api_socket.as_deref().and_then(Path::parent) {
         writable_directory(root, "api_socket", parent);
+    }
+    for (key, name) in named_groups(draft) {
+        if let Err(error) = HostGroup::find(name) {
+            root.complain(key, "names no group", error.to_string());
+        }
     }
     if let Some(policy) = &draft.policy
         && !policy.is_file()

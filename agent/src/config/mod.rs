@@ -4,12 +4,14 @@
 mod agent;
 mod check;
 pub mod document;
+mod group;
 pub mod secret;
 mod units;
 mod value;
 
 pub use agent::{AgentConfig, Checks, FencingConfig, LogConfig, LogFormat, PeerConfig, TlsConfig};
 pub use document::{Problem, Problems};
+pub use group::{GroupError, HostGroup};
 pub use secret::{ClusterSecret, SecretError};
 pub use units::{ByteSize, IpPrefix, PrefixError, SizeError};
 pub use value::{FromToml, Refused};

@@ -139,6 +139,13 @@ impl FingerprintKey {
         keep_clear(gmac(&self.pages, NONCE_PAGE, page))
     }
 
+    /// A number that is the same for the same domain, and another one for
+    /// another.
+    pub fn domain_number(&self) -> u64 {
+        let [a, b, c, d, e, f, g, h, ..] = self.digest(&[]);
+        u64::from_le_bytes([a, b, c, d, e, f, g, h])
+    }
+
     /// Digest of a list of fingerprints, to compare what a source sent with what its
     /// target placed. Equal lists give equal digests; different ones differ but for
     /// a chance below 2^-100. Whole arrays digest themselves, and keep what did not

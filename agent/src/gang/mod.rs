@@ -26,3 +26,6 @@ pub mod source;
 pub mod stage;
 pub mod target;
 pub mod verify;
+
+#[cfg(test)]
+mod domain_tests;

@@ -228,7 +228,12 @@ impl Pump {
                     }
                 }
             }),
-            LaneEvent::Need { vm, gfns, .. } => self.departures.with(vm, |flight| {
+            LaneEvent::Need { gang: of, vm, gfns } => self.departures.with(vm, |flight| {
+                if of != self.shared.gang || flight.target != *target {
+                    tracing::warn!(%gang, %target, vm = %flight.name,
+                        "request for pages of a VM that does not go there ignored");
+                    return;
+                }
                 tracing::debug!(%gang, vm = %flight.name, pages = gfns.len(),
                     "target asks for pages in full");
                 for gfn in &gfns {

@@ -117,6 +117,8 @@ pub struct Stager {
     flight: Arc<Flight>,
     holder: HolderId,
     key: Arc<FingerprintKey>,
+    /// The VM's dedup domain, for the lanes.
+    domain: u64,
     lanes: Arc<LaneSet>,
     window: VecDeque<Staged>,
 }
@@ -134,6 +136,7 @@ impl Stager {
             shared,
             flight,
             holder,
+            domain: key.domain_number(),
             key,
             lanes,
             window: VecDeque::new(),
@@ -386,6 +389,7 @@ impl Stager {
             batch,
             round,
             class,
+            domain: self.domain,
             entries,
             content,
         };

@@ -15,6 +15,7 @@ use crate::dedup::resolve::{
 use crate::dedup::target_vm::TargetVm;
 use crate::lane::frame::MAX_NEEDS;
 use crate::lane::{BatchSink, DecodedBatch, LaneReceiver, Placement, ReceiverStats, SinkError};
+use crate::net::listener::ConnectionPermit;
 use crate::net::rack::{self, FetchClient, Wanted};
 use crate::types::{Fingerprint, GangId, Gfn, HolderId, Page, VmIndex};
 use crate::vmm::ram::GuestRam;
@@ -29,6 +30,7 @@ const CLOSE_LIMIT: Duration = Duration::from_millis(500);
 pub struct TargetGang {
     /// The gang.
     pub spec: GangSpec,
+    me: HolderId,
     /// Content and pages.
     pub store: Arc<TargetStore>,
     fetch: FetchClient,
@@ -36,9 +38,21 @@ pub struct TargetGang {
     fetch_limit: Duration,
     /// Called when content has arrived that others may be waiting for.
     wake: Box<dyn Fn() + Send + Sync>,
-    lanes: Mutex<AHashMap<String, Vec<LaneReceiver>>>,
+    lanes: Mutex<AHashMap<String, Vec<OpenLane>>>,
     awaited: Mutex<Vec<(Instant, Fingerprint)>>,
     failures: Mutex<AHashMap<VmIndex, Arc<OnceLock<String>>>>,
+}
+
+/// A lane, and its place among the connections of its source.
+struct OpenLane {
+    receiver: LaneReceiver,
+    _place: ConnectionPermit,
+}
+
+impl OpenLane {
+    fn has_ended(&self) -> bool {
+        self.receiver.wait(Duration::ZERO).is_some()
+    }
 }
 
 /// A target VM's memory as `dedup` sees it. Placing pages can fail (tmpfs is
@@ -90,6 +104,7 @@ impl TargetGang {
     ) -> Arc<Self> {
         Arc::new(TargetGang {
             spec,
+            me,
             // Whoever waits for content here is woken after every batch.
             store: Arc::new(TargetStore::new(me, config, Box::new(|_, _| {}))),
             fetch,
@@ -129,15 +144,16 @@ impl TargetGang {
     }
 
     /// A lane from agent `source` has been accepted; its way back carries
-    /// requests for pages.
-    pub fn lane_opened(&self, source: &str, lane: LaneReceiver) {
+    /// requests for pages. `place` is given back when the lane has ended.
+    pub fn lane_opened(&self, source: &str, receiver: LaneReceiver, place: ConnectionPermit) {
         let mut lanes = self.lock_lanes();
-        let of_source = lanes.entry(source.to_owned()).or_default();
-        of_source.retain(|lane| lane.wait(Duration::ZERO).is_none());
-        of_source.push(lane);
+        lanes.entry(source.to_owned()).or_default().push(OpenLane {
+            receiver,
+            _place: place,
+        });
     }
 
-    fn lock_lanes(&self) -> MutexGuard<'_, AHashMap<String, Vec<LaneReceiver>>> {
+    fn lock_lanes(&self) -> MutexGuard<'_, AHashMap<String, Vec<OpenLane>>> {
         self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -146,7 +162,7 @@ impl TargetGang {
         self.lock_lanes()
             .values()
             .flatten()
-            .map(LaneReceiver::stats)
+            .map(|lane| lane.receiver.stats())
             .collect()
     }
 
@@ -155,7 +171,7 @@ impl TargetGang {
         self.lock_lanes()
             .values()
             .flatten()
-            .any(|lane| lane.wait(Duration::ZERO).is_none())
+            .any(|lane| !lane.has_ended())
     }
 
     /// Asks again for everything that a VM still waits for: requests may have
@@ -174,8 +190,12 @@ impl TargetGang {
     }
 
     /// Gives up content that this host itself was to receive and that has not
-    /// come in time. To be called every few tens of milliseconds.
+    /// come in time, and lanes that have ended. To be called every few tens of
+    /// milliseconds.
     pub fn tick(&self) {
+        for lanes in self.lock_lanes().values_mut() {
+            lanes.retain(|lane| !lane.has_ended());
+        }
         let now = Instant::now();
         let mut late = Vec::new();
         self.awaited
@@ -199,13 +219,13 @@ impl TargetGang {
             self.store.remove_vm(VmIndex(vm as u16));
         }
         for lane in self.lock_lanes().drain().flat_map(|(_, lanes)| lanes) {
-            lane.close(CLOSE_LIMIT);
+            lane.receiver.close(CLOSE_LIMIT);
         }
     }
 
     fn start_fetches(self: &Arc<Self>, by_holder: AHashMap<HolderId, Vec<Fingerprint>>) {
         for (holder, fps) in by_holder {
-            let Some(host) = self.spec.host(holder).map(|h| h.name.clone()) else {
+            let Some(host) = self.server(holder) else {
                 for fp in fps {
                     self.ask(self.store.not_fetched(fp, NotFetched::Gone));
                 }
@@ -221,6 +241,16 @@ impl TargetGang {
                 Box::new(move |index, answer| gang.fetched(fps[index], holder, answer)),
             );
         }
+    }
+
+    /// The agent to fetch from, if VMs of this gang arrive there, inside this
+    /// rack: nobody else has a part in serving its pages, whatever a reference
+    /// says.
+    fn server(&self, holder: HolderId) -> Option<String> {
+        let host = self.spec.host(holder)?;
+        let here = self.spec.host(self.me)?;
+        let serves = host.rack == here.rack && self.spec.arriving(&host.name).next().is_some();
+        serves.then(|| host.name.clone())
     }
 
     fn fetched(&self, fp: Fingerprint, holder: HolderId, answer: rack::Fetched<'_>) {
@@ -255,7 +285,7 @@ impl TargetGang {
             let asked = self.lock_lanes().get(source).is_some_and(|lanes| {
                 lanes
                     .iter()
-                    .any(|lane| lane.handle().need(self.spec.id, vm, &gfns).is_ok())
+                    .any(|lane| lane.receiver.handle().need(self.spec.id, vm, &gfns).is_ok())
             });
             if !asked {
                 // Pages stay pending, so the switch cannot happen without them.
@@ -266,19 +296,44 @@ impl TargetGang {
     }
 }
 
-/// A [`TargetGang`] as one lane's thread sees it.
-pub struct LaneSink(pub Arc<TargetGang>);
+/// A [`TargetGang`] as one lane's thread sees it: a source's lanes write the
+/// VMs that leave that source, and no others.
+pub struct LaneSink {
+    gang: Arc<TargetGang>,
+    source: String,
+}
+
+impl LaneSink {
+    /// For the lanes of agent `source`.
+    pub fn new(gang: Arc<TargetGang>, source: &str) -> Self {
+        LaneSink {
+            gang,
+            source: source.to_owned(),
+        }
+    }
+
+    fn may_write(&self, gang: GangId, vm: VmIndex) -> bool {
+        let spec = &self.gang.spec;
+        gang == spec.id && spec.vm(vm).is_some_and(|vm| vm.from == self.source)
+    }
+}
 
 impl BatchSink for LaneSink {
     fn ram_pages(&self, gang: GangId, vm: VmIndex) -> Option<u32> {
-        if gang != self.0.spec.id {
+        if !self.may_write(gang, vm) {
             return None;
         }
-        self.0.store.vm(vm).ok().map(|vm| vm.pages())
+        self.gang.store.vm(vm).ok().map(|vm| vm.pages())
     }
 
     fn batch(&self, batch: &DecodedBatch<'_>) -> Result<Placement, SinkError> {
-        let gang = &self.0;
+        let gang = &self.gang;
+        if !self.may_write(batch.head.gang, batch.head.vm) {
+            return Err(SinkError::UnknownVm {
+                gang: batch.head.gang,
+                vm: batch.head.vm,
+            });
+        }
         let store = &gang.store;
         let refused = |e: ArriveError| SinkError::Failed(e.to_string());
         let vm = store.vm(batch.head.vm).map_err(refused)?;

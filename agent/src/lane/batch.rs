@@ -27,6 +27,10 @@ pub struct StagedBatch {
     pub round: Round,
     /// Stop-and-copy overtakes pre-copy in every queue.
     pub class: Class,
+    /// The VM's dedup domain, by any number: contents of different domains are
+    /// not compressed with each other's history, which would show in the
+    /// length whether they are alike.
+    pub domain: u64,
     /// The pages. References are put in wire order by `submit`.
     pub entries: Entries,
     /// Contents of `entries.pages`, packed from slot 0 in that order, in a

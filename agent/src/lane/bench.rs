@@ -191,6 +191,7 @@ fn over_lane<'a>(
             batch: BatchId(sent),
             round: Round(1),
             class: Class::Precopy,
+            domain: 0,
             entries: Entries {
                 pages: (first..first + pages).map(Gfn).collect(),
                 ..Entries::default()

@@ -124,6 +124,7 @@ fn encoded_len(
         batch: BatchId(0),
         round: Round(1),
         class: Class::Precopy,
+        domain: 0,
         entries: Entries {
             pages: (0..pages.len() as u32).map(Gfn).collect(),
             ..Entries::default()

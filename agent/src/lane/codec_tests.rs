@@ -487,3 +487,28 @@ fn random_pages_of_round_one_stay_out_of_the_history() {
         assert!(frame.to - frame.from <= 8 * PAGE_SIZE + 200);
     }
 }
+
+#[test]
+fn the_history_of_another_domain_does_not_show_in_a_frames_length() {
+    let pool = BufferPool::new(2).unwrap();
+    // What is sent before, and whether it is of the same dedup domain.
+    let length_after = |before: u32, same: bool| {
+        let mut encoder = Encoder::new(EncodeConfig {
+            compress: Compress::Always,
+            level: 3,
+            window_log: 20,
+        });
+        let frames = [(before, 1), (1, if same { 1 } else { 2 })].map(|(first, domain)| {
+            let mut staged = batch(&pool, 1, first, 1, Class::Precopy);
+            staged.domain = domain;
+            staged.round = Round(2);
+            let frame = encode(&mut encoder, staged, pool.take(Duration::ZERO).unwrap());
+            (frame.to - frame.from, frame.encoding)
+        });
+        let fresh = frames[1].1 == Encoding::Zstd { fresh: true };
+        assert_eq!(fresh, !same, "a fresh stream for another domain");
+        frames[1].0
+    };
+    assert!(length_after(1, true) < length_after(4, true));
+    assert_eq!(length_after(1, false), length_after(4, false));
+}

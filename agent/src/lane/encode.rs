@@ -153,6 +153,8 @@ pub struct Encoder {
 struct Stream {
     ctx: CCtx<'static>,
     level: i32,
+    /// Whose contents are in the history.
+    domain: u64,
     /// The next piece is the first of a stream.
     fresh: bool,
 }
@@ -178,7 +180,8 @@ impl Encoder {
     }
 
     /// Sets the level for batches started from now on; 0 is raw. Going raw and
-    /// back keeps the history, another level begins a new one.
+    /// back keeps the history, another level begins a new one, and so does
+    /// another dedup domain.
     pub fn set_level(&mut self, level: i32) {
         self.level = level;
     }
@@ -225,7 +228,7 @@ impl Encoder {
         let mut list = vec![0; MAX_LIST_LEN];
         let list_len = batch.entries.encode(&mut list)?;
         list.truncate(list_len);
-        let stream = self.stream()?;
+        let stream = self.stream(batch.domain)?;
         let encoding = Encoding::Zstd {
             fresh: std::mem::take(&mut stream.fresh),
         };
@@ -299,14 +302,15 @@ impl Encoder {
         }))
     }
 
-    /// The stream at the wanted level.
-    fn stream(&mut self) -> Result<&mut Stream, EncodeError> {
+    /// The stream at the wanted level, with a history of this domain alone.
+    fn stream(&mut self, domain: u64) -> Result<&mut Stream, EncodeError> {
         let mut stream = match self.stream.take() {
             Some(stream) => stream,
             None => Stream::new(self.config.window_log)?,
         };
-        if stream.level != self.level {
+        if stream.level != self.level || stream.domain != domain {
             stream.restart(self.level)?;
+            stream.domain = domain;
         }
         Ok(self.stream.insert(stream))
     }
@@ -327,6 +331,7 @@ impl Stream {
         Ok(Stream {
             ctx,
             level: 0,
+            domain: 0,
             fresh: true,
         })
     }

@@ -108,6 +108,7 @@ pub(super) fn batch(
         batch: BatchId(id),
         round: Round(1),
         class,
+        domain: 0,
         entries,
         content: Some(content),
     }

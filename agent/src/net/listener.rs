@@ -2,6 +2,7 @@
 
 use super::Roster;
 use super::accept::{AcceptError, accept};
+use super::places::{PeerLimits, Places};
 use super::preamble::{Hello, Verdict};
 use super::stream::Stream;
 use std::io;
@@ -11,13 +12,17 @@ use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
+
+pub use super::places::ConnectionPermit;
 
 /// Bounds of a [`Listener`].
 #[derive(Debug, Clone, Copy)]
 pub struct ListenerLimits {
     /// Connections open at a time, of all kinds.
     pub connections: usize,
+    /// Those of one peer.
+    pub per_peer: PeerLimits,
     /// Callers at a time, from addresses of peers, that have not finished their
     /// preamble; more wait in the kernel's queue.
     pub handshakes: usize,
@@ -32,6 +37,7 @@ impl Default for ListenerLimits {
     fn default() -> Self {
         ListenerLimits {
             connections: 4096,
+            per_peer: PeerLimits::default(),
             handshakes: 64,
             strangers: 8,
             preamble: Duration::from_secs(3),
@@ -51,12 +57,6 @@ pub struct Incoming {
     /// Keep this for as long as the connection is in use: it counts towards
     /// the limit of connections.
     pub permit: ConnectionPermit,
-}
-
-/// The right to one open connection; gives it back when dropped.
-#[derive(Debug)]
-pub struct ConnectionPermit {
-    _permit: OwnedSemaphorePermit,
 }
 
 /// Who takes the connections.
@@ -112,7 +112,7 @@ impl Listener {
     /// Accepts connections until dropped. Must run in a `LocalSet` (as tasks
     /// of `tokio_uring::start` do).
     pub async fn run(self, roster: Arc<Roster>, handler: Rc<dyn ConnectionHandler>) {
-        let connections = Arc::new(Semaphore::new(self.limits.connections));
+        let places = Places::new(self.limits.connections, self.limits.per_peer);
         let handshakes = Arc::new(Semaphore::new(self.limits.handshakes));
         let strangers = Arc::new(Semaphore::new(self.limits.strangers));
         let mut tasks = tokio::task::JoinSet::new();
@@ -141,7 +141,7 @@ impl Listener {
             let caller = Caller {
                 tcp,
                 address,
-                places: connections.clone(),
+                places: places.clone(),
             };
             let (roster, handler) = (roster.clone(), handler.clone());
             let limit = self.limits.preamble;
@@ -158,7 +158,7 @@ impl Listener {
 struct Caller {
     tcp: TcpStream,
     address: SocketAddr,
-    places: Arc<Semaphore>,
+    places: Arc<Places>,
 }
 
 async fn welcome(
@@ -169,21 +169,18 @@ async fn welcome(
 ) -> Result<(), AcceptError> {
     let mut permit = None;
     let admit = |hello: &Hello| {
-        permit = caller.places.try_acquire_owned().ok();
-        if permit.is_none() {
-            let reason = "too many connections are open; try again".to_owned();
-            return Err((Verdict::Busy, reason));
-        }
+        let place = caller.places.take(hello);
+        permit = Some(place.map_err(|reason| (Verdict::Busy, reason))?);
         handler.admit(hello).map_err(|why| (Verdict::Unwanted, why))
     };
     let (stream, hello) = accept(caller.tcp, caller.address, roster, admit, limit).await?;
-    if let Some(_permit) = permit {
+    if let Some(permit) = permit {
         tracing::debug!(from = %hello.from, kind = ?hello.kind, "connection accepted");
         handler.handle(Incoming {
             hello,
             address: caller.address,
             stream,
-            permit: ConnectionPermit { _permit },
+            permit,
         });
     }
     Ok(())

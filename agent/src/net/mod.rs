@@ -20,6 +20,7 @@ pub mod connect;
 mod explain;
 pub mod frame;
 pub mod listener;
+pub mod places;
 pub mod preamble;
 pub mod rack;
 mod roster;

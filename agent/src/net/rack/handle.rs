@@ -258,9 +258,9 @@ impl ClaimClient {
         if shard == me {
             let asked = op.clone();
             let reply = self.0.offer.claims.handle(gang, me, op);
-            let outcome = match fits(&asked, &reply) {
-                true => ClaimOutcome::Replied(reply),
-                false => ClaimOutcome::NotInTime,
+            let outcome = match reply {
+                Ok(reply) if fits(&asked, &reply) => ClaimOutcome::Replied(reply),
+                _ => ClaimOutcome::NotInTime,
             };
             return sink(outcome);
         }

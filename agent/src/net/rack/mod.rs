@@ -18,6 +18,7 @@ pub use handle::{ClaimClient, FetchClient, RackError, RackService};
 
 use crate::types::{Fingerprint, GangId, HolderId, Page};
 use std::time::Duration;
+use thiserror::Error;
 
 /// Most fingerprints in one [`ClaimOp`].
 pub const MAX_CLAIM: usize = 4096;
@@ -74,6 +75,17 @@ impl ClaimOp {
             | ClaimOp::Reassign { fps, .. }
             | ClaimOp::Release { fps, .. } => fps,
             ClaimOp::Forget { .. } => &[],
+        }
+    }
+
+    /// The target host it is about.
+    pub fn holder(&self) -> HolderId {
+        match self {
+            ClaimOp::Claim { holder, .. }
+            | ClaimOp::Confirm { holder, .. }
+            | ClaimOp::Reassign { holder, .. }
+            | ClaimOp::Release { holder, .. }
+            | ClaimOp::Forget { holder } => *holder,
         }
     }
 }
@@ -135,13 +147,24 @@ pub struct ClaimDone {
     pub outcome: ClaimOutcome,
 }
 
+/// An agent asked for something that its part in the gang, if it has one, does
+/// not give it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("it has no part in gang {gang} that lets it {what}")]
+pub struct NotOfTheGang {
+    /// The gang.
+    pub gang: GangId,
+    /// What it asked for.
+    pub what: &'static str,
+}
+
 /// The claim shards of this host.
 pub trait ClaimServer: Send + Sync {
     /// Does `op` for `gang`, asked by agent `from` (this host's own name if it
-    /// asks itself). A gang that is not known here gets *yours* for
-    /// everything. Called on the rack thread and on submitting threads; must
-    /// not block for long.
-    fn handle(&self, gang: GangId, from: &str, op: ClaimOp) -> ClaimReply;
+    /// asks itself), if that agent may. A gang that is not known here gets
+    /// *yours* for everything. Called on the rack thread and on submitting
+    /// threads; must not block for long.
+    fn handle(&self, gang: GangId, from: &str, op: ClaimOp) -> Result<ClaimReply, NotOfTheGang>;
 }
 
 /// A page to fetch.
@@ -166,6 +189,10 @@ pub enum Served {
 
 /// The pages this host holds for others of its rack.
 pub trait PageServer: Send + Sync {
+    /// Whether agent `from` may fetch pages of `gang`: it must be a target of
+    /// it. A gang that is not known here has no pages to protect.
+    fn admit(&self, gang: GangId, from: &str) -> Result<(), NotOfTheGang>;
+
     /// Copies the content of `wanted` into `page`, and checks the copy against
     /// the fingerprint. Called on the rack thread and on fetching threads;
     /// must not block for long.

@@ -2,7 +2,9 @@
 
 use super::park::Parking;
 use super::wire::{self, MAX_FRAME, MAX_PAGES, Message, PageStatus};
-use super::{ClaimServer, Fetched, PageServer, RackLimits, ReportSink, Served, Wanted};
+use super::{
+    ClaimServer, Fetched, NotOfTheGang, PageServer, RackLimits, ReportSink, Served, Wanted,
+};
 use crate::net::Stream;
 use crate::net::frame::{FrameReader, FrameWriter};
 use crate::types::{GangId, PAGE_SIZE, Page};
@@ -97,6 +99,7 @@ impl Session {
         match wire::decode(frame).map_err(|e| e.to_string())? {
             Message::Claim { ticket, gang, op } => {
                 let reply = self.offer.claims.handle(gang, &self.peer, op);
+                let reply = reply.map_err(|e| self.outsider(&e))?;
                 self.send(&Message::ClaimReply { ticket, reply })
             }
             Message::Fetch {
@@ -105,6 +108,8 @@ impl Session {
                 limit_ms,
                 wanted,
             } => {
+                let admitted = self.offer.pages.admit(gang, &self.peer);
+                admitted.map_err(|e| self.outsider(&e))?;
                 let limit = Duration::from_millis(limit_ms.into());
                 let limit = limit.min(self.offer.limits.longest_fetch);
                 self.fetch(ticket, gang, Instant::now() + limit, &wanted)
@@ -117,6 +122,14 @@ impl Session {
                 Err("it answered what was not asked".to_owned())
             }
         }
+    }
+
+    /// Names who asked for what is not theirs. No honest agent does: parts in
+    /// a gang are fixed when it is opened.
+    fn outsider(&self, refused: &NotOfTheGang) -> String {
+        tracing::warn!(peer = %self.peer, gang = %refused.gang, why = %refused,
+            "refused and hung up on");
+        refused.to_string()
     }
 
     fn fetch(

@@ -22,12 +22,13 @@ struct Host {
 }
 
 impl ClaimServer for Host {
-    fn handle(&self, gang: GangId, _: &str, op: ClaimOp) -> ClaimReply {
+    fn handle(&self, gang: GangId, from: &str, op: ClaimOp) -> Result<ClaimReply, NotOfTheGang> {
         assert_eq!(gang, GANG);
+        outsiders(gang, from)?;
         drop(self.stall.lock().unwrap());
         self.handled.fetch_add(1, Ordering::Relaxed);
         let ClaimOp::Claim { fps, holder } = op else {
-            return ClaimReply::Done;
+            return Ok(ClaimReply::Done);
         };
         let mut claims = self.claims.lock().unwrap();
         let mut answers: Vec<ClaimAnswer> = fps
@@ -46,11 +47,23 @@ impl ClaimServer for Host {
         if self.lie.load(Ordering::Relaxed) {
             answers.pop();
         }
-        ClaimReply::Claims(answers)
+        Ok(ClaimReply::Claims(answers))
+    }
+}
+
+/// Agents named so have no part in any gang.
+fn outsiders(gang: GangId, from: &str) -> Result<(), NotOfTheGang> {
+    match from {
+        "outsider" => Err(NotOfTheGang { gang, what: "ask" }),
+        _ => Ok(()),
     }
 }
 
 impl PageServer for Host {
+    fn admit(&self, gang: GangId, from: &str) -> Result<(), NotOfTheGang> {
+        outsiders(gang, from)
+    }
+
     fn serve(&self, _: GangId, wanted: &Wanted, page: &mut Page) -> Served {
         if wanted.domain == 66 {
             return Served::Gone;
@@ -256,6 +269,20 @@ fn the_first_claim_wins_wherever_it_comes_from() {
     a2.claims.submit_to("a1", GANG, op, LONG, 1, &done);
     let outcome = outcome.recv_timeout(LONG).unwrap().outcome;
     assert_eq!(outcome, ClaimOutcome::Replied(ClaimReply::Done));
+}
+
+#[test]
+fn an_agent_outside_the_gang_gets_neither_claims_nor_pages() {
+    let [a1, outsider] = agents([("a1", "A"), ("outsider", "A")]);
+    let known = fps(2);
+    a1.host.pages.lock().unwrap().insert(known[0], 7);
+    claim(&a1, "a1", known.clone(), 1, LONG);
+    let before = a1.host.handled.load(Ordering::Relaxed);
+    let outcome = claim(&outsider, "a1", known.clone(), 2, LONG);
+    assert_eq!(outcome, ClaimOutcome::NotInTime);
+    let pages = fetch(&outsider, "a1", wanted(&known), LONG);
+    assert_eq!(collect(&pages, 2), [Got::Late, Got::Late]);
+    assert_eq!(a1.host.handled.load(Ordering::Relaxed), before);
 }
 
 #[test]

@@ -42,6 +42,7 @@ where
         done,
         finished,
         running: 0,
+        running_bytes: 0,
     };
     let why = session.run().await;
     tracing::debug!(%peer, %why, "control connection ended");
@@ -58,10 +59,13 @@ struct Session<H> {
     done: mpsc::UnboundedSender<Finished>,
     finished: mpsc::UnboundedReceiver<Finished>,
     running: usize,
+    /// Length of the messages of those requests.
+    running_bytes: usize,
 }
 
 struct Finished {
     id: u64,
+    bytes: usize,
     response: Result<Vec<u8>, String>,
 }
 
@@ -130,7 +134,10 @@ impl<H> Session<H> {
                     let notice = decode_body(body).map_err(|e| e.to_string())?;
                     self.handler.notice(&self.peer, notice);
                 }
-                Envelope::Request { id, .. } if self.running >= self.limits.in_flight => {
+                Envelope::Request { id, body }
+                    if self.running >= self.limits.in_flight
+                        || self.running_bytes + body.len() > 2 * self.limits.max_frame =>
+                {
                     let why = b"it has too many requests of this agent already; try again";
                     let fault = Envelope::Fault { id, why };
                     let pushed = self.writer.push(|out| fault.encode(out));
@@ -138,13 +145,19 @@ impl<H> Session<H> {
                 }
                 Envelope::Request { id, body } => {
                     let request: Req = decode_body(body).map_err(|e| e.to_string())?;
+                    let bytes = body.len();
                     self.running += 1;
+                    self.running_bytes += bytes;
                     let answer = self.handler.clone().call(self.peer.clone(), request);
                     let done = self.done.clone();
                     tokio::task::spawn_local(async move {
                         let response = postcard::to_stdvec(&answer.await);
                         let response = response.map_err(|e| e.to_string());
-                        let _ = done.send(Finished { id, response });
+                        let _ = done.send(Finished {
+                            id,
+                            bytes,
+                            response,
+                        });
                     });
                 }
                 _ => return Err("it sent what only a server may send".to_owned()),
@@ -153,8 +166,14 @@ impl<H> Session<H> {
         Ok(())
     }
 
-    fn finish(&mut self, Finished { id, response }: Finished) -> Result<(), String> {
+    fn finish(&mut self, finished: Finished) -> Result<(), String> {
+        let Finished {
+            id,
+            bytes,
+            response,
+        } = finished;
         self.running -= 1;
+        self.running_bytes -= bytes;
         let fault = match response {
             Ok(body) => {
                 let response = Envelope::Response { id, body: &body };
