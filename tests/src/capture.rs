@@ -85,7 +85,7 @@ impl Capture {
         let ended = stop.clone();
         let thread = std::thread::spawn(move || {
             let mut packet = vec![0; 1 << 17];
-            let mut found = HashSet::new();
+            let mut found: HashSet<[u8; LEN]> = HashSet::new();
             let mut seen = Seen::default();
             loop {
                 match recv(packets.as_raw_fd(), &mut packet, MsgFlags::empty()) {
@@ -93,7 +93,8 @@ impl Capture {
                         seen.bytes += len as u64;
                         for at in packet[..len].windows(LEN) {
                             let here = at.first_chunk().and_then(|start| starts.get(start));
-                            found.extend(here.into_iter().flatten().filter(|n| at == *n));
+                            let same = |needle: &&[u8; LEN]| needle[..] == *at;
+                            found.extend(here.into_iter().flatten().filter(same));
                         }
                     }
                     Err(nix::Error::EAGAIN) if ended.load(Ordering::Relaxed) => break,

@@ -440,8 +440,10 @@ pub(super) fn host(root: &Section<'_, '_>, draft: &Draft) {
             PkiError::OtherAuthority { .. } => "ca",
             PkiError::OtherAgent { .. } | PkiError::Nameless { .. } => "cert",
             PkiError::Private(_) | PkiError::NotAKey { .. } | PkiError::Mismatch { .. } => "key",
-            PkiError::Read { path, .. } | PkiError::NotACertificate { path, .. } => {
-                if *path == files.ca { "ca" } else { "cert" }
+            PkiError::Read { path, .. } | PkiError::NotACertificate { path, .. }
+                if *path == files.ca =>
+            {
+                "ca"
             }
             _ => "cert",
         };

@@ -36,7 +36,7 @@ impl Pki {
     /// TLS as agent `name`.
     pub(super) fn security(&self, name: &str) -> Security {
         let files = TlsFiles::in_dir(&self.bundle(name));
-        Security::Tls(TlsStore::open(&files, name).unwrap())
+        Security::Tls(Box::new(TlsStore::open(&files, name).unwrap()))
     }
 }
 

@@ -22,7 +22,7 @@ pub enum Security {
     /// Not at all, because the operator said so.
     Plaintext,
     /// Mutual TLS.
-    Tls(TlsStore),
+    Tls(Box<TlsStore>),
 }
 
 impl Security {
@@ -30,7 +30,7 @@ impl Security {
     pub fn open(config: &TlsConfig, name: &str) -> Result<Security, PkiError> {
         match config {
             TlsConfig::Plaintext => Ok(Security::Plaintext),
-            TlsConfig::Files(files) => TlsStore::open(files, name).map(Security::Tls),
+            TlsConfig::Files(files) => Ok(Security::Tls(Box::new(TlsStore::open(files, name)?))),
         }
     }
 

@@ -84,7 +84,9 @@ fn says(text: &str, wanted: &[&str]) {
 
 /// The bundle of some agent, whoever then uses it.
 fn borrowed(bundle: &Path, owner: &str) -> Security {
-    Security::Tls(TlsStore::open(&TlsFiles::in_dir(bundle), owner).unwrap())
+    Security::Tls(Box::new(
+        TlsStore::open(&TlsFiles::in_dir(bundle), owner).unwrap(),
+    ))
 }
 
 /// A bundle for `name` that is valid between two times.
@@ -108,7 +110,9 @@ fn members_talk_both_ways_however_much() {
         let (stream, keep) = call(mine, theirs, Kind::Control).await;
         let mut mine = stream.unwrap();
         let mut theirs = keep.next().await.stream;
-        let bytes: Vec<u8> = (0..3_000_000u32).map(|i| (i * i >> 7) as u8).collect();
+        let bytes: Vec<u8> = (0..3_000_000u32)
+            .map(|i| (i.wrapping_mul(i) >> 7) as u8)
+            .collect();
         let sent = bytes.clone();
         let echo = tokio::task::spawn_local(async move {
             let mut got = vec![0; 3_000_000];
@@ -354,7 +358,7 @@ fn renewed_files_are_taken_over_and_broken_ones_are_not() {
     let pki = Pki::new();
     let bundle = pki.bundle("a1");
     let files = TlsFiles::in_dir(&bundle);
-    let security = Security::Tls(TlsStore::open(&files, "a1").unwrap());
+    let security = Security::Tls(Box::new(TlsStore::open(&files, "a1").unwrap()));
     let Security::Tls(store) = &security else {
         unreachable!()
     };
