@@ -2,7 +2,7 @@
 //! earlier run. Every handover in the journal is taken up where its record and
 //! its VMM say it is, and finished or rolled back.
 
-use super::arrivals::{Arrival, Held};
+use super::arrival::{Arrival, Held};
 use super::registry::VmsFound;
 use super::{Agent, AgentCaller};
 use crate::gang::handover::care::Care;
