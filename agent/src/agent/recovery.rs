@@ -124,6 +124,7 @@ impl Agent {
     }
 
     fn recover_leaving(self: &Rc<Self>, record: Record) {
+        let _seldom_there = std::fs::remove_file(self.state_socket(&record.vm));
         let vm = self.vms.get(&record.vm);
         let state = Source::restarted(record.step);
         let why = format!(
