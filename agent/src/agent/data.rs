@@ -214,6 +214,7 @@ mod tests {
             compress: Compress::Auto,
             verify: Verify::Digest,
             downtime_limit_ms: 300,
+            align: false,
         }
     }
 

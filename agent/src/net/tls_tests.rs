@@ -208,6 +208,7 @@ fn a_lane_goes_on_with_the_keys_of_its_handshake() {
             batch: crate::lane::BatchId(1),
             round: crate::types::Round(1),
             class: crate::types::Class::Precopy,
+            domain: 0,
             entries: crate::lane::Entries {
                 pages: vec![crate::types::Gfn(7)],
                 ..Default::default()
