@@ -347,6 +347,8 @@ fn wrong_input_exits_with_2_and_a_missing_agent_with_3() {
 #[test]
 fn two_commands_make_a_cluster_ready_and_agents_accept_what_they_made() {
     let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("none.sock");
+    let run = |args: &[&str]| texts(drover(&socket).args(args).output().unwrap());
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     let pki = path("pki");
     assert_eq!(run(&["pki", "init", &pki, "--cluster", "lab"]).0, 0);
