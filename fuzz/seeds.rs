@@ -75,6 +75,7 @@ pub fn seeds(repository: &Path) -> Vec<Seed> {
     }
     json(&mut add);
     ethernet(&mut add);
+    map_values(&mut add);
     seeds
 }
 
@@ -642,6 +643,26 @@ fn json(add: Add<'_>) {
         options: MigrationOptions::default(),
     };
     add("json", "api-migrate", text(&request));
+}
+
+fn map_values(add: Add<'_>) {
+    let reading = |cpus: u64, bytes: u64| {
+        let cells = u64::from(drover_ebpf::CELLS);
+        (0..cells * cpus)
+            .flat_map(|i| {
+                [
+                    bytes.wrapping_add(i * 1514).to_le_bytes(),
+                    (i + 1).to_le_bytes(),
+                ]
+                .concat()
+            })
+            .collect::<Vec<u8>>()
+    };
+    let two = [reading(2, 1 << 30), reading(2, (1 << 30) + 77_777)].concat();
+    add("map_values", "two-cpus", [&[1][..], &two].concat());
+    // A counter that wraps, and one that an agent's restart set back.
+    let odd = [reading(1, u64::MAX - (1 << 20)), reading(1, 0)].concat();
+    add("map_values", "set-back", [&[0][..], &odd].concat());
 }
 
 fn ethernet(add: Add<'_>) {

@@ -30,7 +30,7 @@ use drover::net::preamble::{
 };
 use drover::net::rack::{MAX_CLAIM, MAX_FETCH, MAX_REPORT, wire};
 use drover::net::rpc::{Envelope, RpcLimits};
-use drover::pace::meter::Prefix;
+use drover::pace::meter::{Counters, Prefix};
 use drover::pace::policy::{self, ProfileName};
 use drover::pace::report::{LoadReport, Patience, RackLoad};
 use drover::pki::{AGENT_URI, Certificate, CertificateFile, TlsFiles};
@@ -40,7 +40,7 @@ use drover::vmm::maps::parse_maps;
 use drover::vmm::preflight::{parse_devices, parse_ramblocks};
 use drover::vmm::process::{parse_stat, status_value};
 use drover::vmm::qmp::proto::{LineCutter, LineError, MAX_LINE, Message, compose, parse_line};
-use drover_ebpf::frame;
+use drover_ebpf::{CELLS, Counter, Direction as Way, frame};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::{BTreeMap, BTreeSet};
@@ -67,6 +67,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("json", json),
     ("host_text", host_text),
     ("ethernet", ethernet),
+    ("map_values", map_values),
 ];
 
 /// Pages of the VM that lane targets pretend to fill: 1 GiB.
@@ -710,4 +711,45 @@ pub fn ethernet(bytes: &[u8]) -> bool {
         }
     }
     one.is_some()
+}
+
+/// Values of the meter's map, as the kernel gives them: for each cell a counter
+/// of 16 bytes a CPU. The first byte says how many CPUs there are; two readings
+/// follow. Sums do not depend on the order of CPUs, and differences are never
+/// more than what was read last, nor anything at all where it went backwards.
+pub fn map_values(bytes: &[u8]) -> bool {
+    let Some((cpus, bytes)) = bytes.split_first() else {
+        return false;
+    };
+    let cpus = 1 + usize::from(cpus % 64);
+    let (words, _) = bytes.as_chunks::<8>();
+    let (pairs, _) = words.as_chunks::<2>();
+    let counters = pairs.iter().map(|[bytes, packets]| Counter {
+        bytes: u64::from_le_bytes(*bytes),
+        packets: u64::from_le_bytes(*packets),
+    });
+    let values: Vec<Counter> = counters.collect();
+    let mut readings = values.chunks(cpus * CELLS as usize).map(|values| {
+        let (mut one, mut other) = (Counters::default(), Counters::default());
+        for (cell, cpus) in values.chunks(cpus).enumerate() {
+            assert!(one.add_cpus(cell as u32, cpus.iter().copied()));
+            assert!(other.add_cpus(cell as u32, cpus.iter().rev().copied()));
+        }
+        assert_eq!(one, other);
+        assert!(!one.add_cpus(CELLS, []));
+        one
+    });
+    let (Some(before), Some(after)) = (readings.next(), readings.next()) else {
+        return false;
+    };
+    for direction in [Way::Egress, Way::Ingress] {
+        for (in_rack, migration) in [(false, false), (false, true), (true, false), (true, true)] {
+            let [was, is] = [&before, &after].map(|c| c.get(direction, in_rack, migration).bytes);
+            let since = after.bytes_since(&before, direction, in_rack, migration);
+            assert!(since <= is);
+            assert_eq!(since > 0, is > was);
+            assert_eq!(after.bytes_since(&after, direction, in_rack, migration), 0);
+        }
+    }
+    true
 }

@@ -1,4 +1,5 @@
 //! CPU time of everything that runs in a lab.
+#![allow(unsafe_code)]
 
 use crate::registry;
 use crate::topology::Lab;

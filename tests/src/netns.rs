@@ -1,4 +1,5 @@
 //! Network namespaces: made, entered and removed.
+#![allow(unsafe_code)]
 
 use crate::cache;
 use anyhow::{Context, Result};

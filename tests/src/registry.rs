@@ -3,6 +3,7 @@
 //!
 //! Everything of a lab is found from its id alone: namespaces by the prefix of
 //! their names, processes by the namespace they are in, files by two folders.
+#![allow(unsafe_code)]
 
 use crate::netns::{self, Netns};
 use anyhow::{Context, Result, bail};

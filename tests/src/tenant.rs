@@ -2,6 +2,7 @@
 //!
 //! Flows go from a source host to a target host, the direction of the
 //! migration. They sample all the time; figures are taken for a window.
+#![allow(unsafe_code)]
 
 use crate::topology::Host;
 use anyhow::{Context, Result, bail};

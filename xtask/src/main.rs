@@ -2,6 +2,7 @@
 //!
 //! Root is asked for only where it is needed (installing packages, tests and
 //! labs that make network namespaces), and its absence is said plainly.
+mod audit;
 mod build;
 mod build_ebpf;
 mod dist;
@@ -10,6 +11,7 @@ mod lab;
 mod setup;
 mod shell;
 mod test;
+mod unsafety;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -42,6 +44,8 @@ enum Command {
     Bench(lab::Passed),
     /// Feed random bytes to the parsers of bytes from outside (needs nightly)
     Fuzz(fuzz::Args),
+    /// Check unsafe code, licences and advisories of dependencies
+    Audit(audit::Args),
     /// Make a tarball to install from
     Dist(dist::Args),
 }
@@ -56,6 +60,7 @@ fn main() -> ExitCode {
         Command::Lab(passed) => lab::run(None, &passed),
         Command::Bench(passed) => lab::bench(&passed),
         Command::Fuzz(args) => fuzz::run(&args),
+        Command::Audit(args) => audit::run(&args),
         Command::Dist(args) => dist::run(&args),
     };
     match done {

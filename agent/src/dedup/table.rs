@@ -7,6 +7,7 @@
 //! space that run over one octave, so they double one after another, never all at
 //! once: the index as a whole stays near load 0.6 at every size, and a doubling
 //! stops one 512th of it for a moment. `docs/dedup.md` has the arithmetic.
+#![allow(unsafe_code)]
 
 use super::fingerprint::{DIGEST_BLOCK, FingerprintKey};
 use crate::types::{Fingerprint, Gfn, VmIndex};

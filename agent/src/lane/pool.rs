@@ -11,6 +11,7 @@
 //! Page contents are packed from the start of the page area; a raw frame's
 //! header and entry list are written to end exactly where the pages begin, so
 //! the whole frame is one contiguous send with nothing copied.
+#![allow(unsafe_code)]
 
 use crate::types::{PAGE_SIZE, Page};
 use memmap2::{Advice, MmapMut, MmapRaw};

@@ -1,5 +1,6 @@
 //! Provided buffers: memory from which the kernel picks a buffer whenever data
 //! has arrived for a multishot receive.
+#![allow(unsafe_code)]
 
 use io_uring::IoUring;
 use io_uring::types::BufRingEntry;

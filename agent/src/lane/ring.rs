@@ -5,6 +5,7 @@
 //! completion for it, received bytes are lent to a callback before their
 //! buffer goes back to the kernel, and a ring that cannot be brought to rest
 //! leaks its memory rather than free it under the kernel.
+#![allow(unsafe_code)]
 
 use super::pool::{BUF_LEN, BufferPool, PoolBuf};
 use super::provided::{GROUP, Provided, map};

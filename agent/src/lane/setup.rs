@@ -1,4 +1,5 @@
 //! Setting a lane's ring up, with what older kernels lack left out.
+#![allow(unsafe_code)]
 
 use super::pool::{BUF_LEN, BufferPool};
 use io_uring::IoUring;

@@ -1,4 +1,5 @@
 //! Socket options and readings that std does not have.
+#![allow(unsafe_code)]
 
 use socket2::SockRef;
 use std::io;

@@ -7,6 +7,7 @@
 //! the agent ends, however it ends. With clsact, on older kernels, filters of
 //! an agent that was killed are removed when it starts again; an empty clsact
 //! qdisc stays behind.
+#![allow(unsafe_code)]
 
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, MapData, MapError, PerCpuArray};
@@ -188,6 +189,32 @@ impl Counters {
     /// One cell.
     pub fn get(&self, direction: Direction, in_rack: bool, migration: bool) -> Counter {
         self.cells[drover_ebpf::cell(direction, in_rack, migration) as usize]
+    }
+
+    /// Adds what the map holds of one cell: a counter a CPU. `false` if there is
+    /// no such cell. The map is the kernel's memory: whatever is in it, sums
+    /// wrap, as the counters themselves would.
+    pub fn add_cpus(&mut self, cell: u32, cpus: impl IntoIterator<Item = Counter>) -> bool {
+        let Some(cell) = self.cells.get_mut(cell as usize) else {
+            return false;
+        };
+        for cpu in cpus {
+            cell.bytes = cell.bytes.wrapping_add(cpu.bytes);
+            cell.packets = cell.packets.wrapping_add(cpu.packets);
+        }
+        true
+    }
+
+    /// Bytes of one cell since `before`; none if it has gone backwards.
+    pub fn bytes_since(
+        &self,
+        before: &Counters,
+        direction: Direction,
+        in_rack: bool,
+        migration: bool,
+    ) -> u64 {
+        let bytes = |counters: &Counters| counters.get(direction, in_rack, migration).bytes;
+        bytes(self).saturating_sub(bytes(before))
     }
 
     /// Adds to one cell; for sources of counters other than the meter.
@@ -409,11 +436,7 @@ impl Measure for Meter {
                     name: "COUNTERS",
                     source,
                 })?;
-            let cell = &mut counters.cells[index as usize];
-            for Cell(cpu) in cpus.iter() {
-                cell.bytes += cpu.bytes;
-                cell.packets += cpu.packets;
-            }
+            counters.add_cpus(index, cpus.iter().map(|Cell(cpu)| *cpu));
         }
         Ok(counters)
     }

@@ -1,4 +1,5 @@
 //! What the kernel knows about a lane's TCP connection.
+#![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};

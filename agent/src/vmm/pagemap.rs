@@ -1,5 +1,6 @@
 //! `PAGEMAP_SCAN`: which pages of another process were written since they were
 //! last write-protected, and protecting them again in the same call.
+#![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;

@@ -1,4 +1,5 @@
 //! A VMM's process, held so that its number cannot come to mean another one.
+#![allow(unsafe_code)]
 
 use super::maps::{MapsError, MapsRow, parse_maps};
 use std::fs;

@@ -12,6 +12,7 @@
 //!
 //! A page that the guest writes while it is read may come out mixed. The dirty
 //! log reports it again, so a later round reads it whole.
+#![allow(unsafe_code)]
 
 mod file;
 mod huge;

@@ -1,5 +1,6 @@
 //! The userfaultfd interface, as far as the asynchronous write-protect log
 //! needs it: structures and ioctls, nothing of QEMU.
+#![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};

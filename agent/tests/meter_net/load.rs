@@ -1,4 +1,5 @@
 //! Traffic that goes on for a while: tenants, and a migration under a pacer.
+#![allow(unsafe_code)]
 
 use super::{Net, Who};
 use drover::pace::Pacer;

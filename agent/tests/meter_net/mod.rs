@@ -5,6 +5,7 @@
 //!   host ── up0 ─┬─ bridge ─┬─ shaped, core link ── far
 //!   peer ────────┘  (tor)
 //! ```
+#![allow(unsafe_code)]
 #![allow(
     dead_code,
     reason = "each test program uses its own part of this module"

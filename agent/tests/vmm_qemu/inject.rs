@@ -1,4 +1,5 @@
 //! A call made inside another process leaves no trace in it.
+#![allow(unsafe_code)]
 
 use crate::harness::*;
 use drover::vmm::dirty::DirtyLog;

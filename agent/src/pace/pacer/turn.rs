@@ -72,13 +72,14 @@ impl Shared {
         let own = match counters {
             Some(counters) => {
                 self.learn(previous, &counters, drawn);
-                let tenant = |c: &Counters| c.get(Direction::Egress, false, false).bytes;
-                let since = |of: &dyn Fn(&Counters) -> u64| {
-                    of(&counters).saturating_sub(of(&previous.counters)) as f64 / seconds
+                let rate = |migration| {
+                    let before = &previous.counters;
+                    let out = Direction::Egress;
+                    counters.bytes_since(before, out, false, migration) as f64 / seconds
                 };
                 Flow {
-                    migration: since(&migration_bytes),
-                    tenant: since(&tenant),
+                    migration: rate(true),
+                    tenant: rate(false),
                 }
             }
             // The load is not known any more: reckon with a full link.

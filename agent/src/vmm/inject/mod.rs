@@ -18,6 +18,7 @@
 //!   fault can raise are handed on when we detach.
 //! - A tracer that dies lets go of what it traces: all of this runs on a thread
 //!   of its own, which ends with it.
+#![allow(unsafe_code)]
 
 mod tracee;
 

@@ -1,4 +1,5 @@
 //! A thread under ptrace: stopped, borrowed for calls, put back, let go.
+#![allow(unsafe_code)]
 
 use super::InjectError;
 use std::io;

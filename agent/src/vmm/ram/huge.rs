@@ -1,4 +1,5 @@
 //! Placing pages on hugetlbfs, which has no `write`.
+#![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
