@@ -31,6 +31,23 @@ pub fn binary() -> Result<PathBuf> {
     Ok(path)
 }
 
+/// The `drover` that can be told to have a bug: `DROVER_PLANTED_BIN`, or the one
+/// that `cargo xtask` builds.
+///
+/// # Errors
+/// When it is not there, with what to run.
+pub fn planted_binary() -> Result<PathBuf> {
+    let path = std::env::var_os("DROVER_PLANTED_BIN")
+        .map_or_else(|| cache::target_dir().join("planted/drover"), PathBuf::from);
+    if !path.is_file() {
+        bail!(
+            "{} is missing: run `cargo xtask build --planted`, or set DROVER_PLANTED_BIN",
+            path.display()
+        );
+    }
+    Ok(path)
+}
+
 /// One running agent. Dropping it ends the process.
 #[derive(Debug)]
 pub struct Agent {
@@ -38,14 +55,15 @@ pub struct Agent {
     pub name: String,
     /// Its files.
     pub files: AgentFiles,
+    program: PathBuf,
     child: Child,
     pidfd: OwnedFd,
 }
 
 impl Agent {
-    fn spawn(host: &Host, files: AgentFiles) -> Result<Agent> {
+    fn spawn(host: &Host, files: AgentFiles, program: PathBuf) -> Result<Agent> {
         let log = File::options().create(true).append(true).open(&files.log)?;
-        let mut command = host.ns.command(binary()?);
+        let mut command = host.ns.command(&program);
         command.arg("agent").arg("--config").arg(&files.config);
         command
             .stdin(Stdio::null())
@@ -56,6 +74,7 @@ impl Agent {
         Ok(Agent {
             name: host.name.clone(),
             files,
+            program,
             child,
             pidfd,
         })
@@ -89,7 +108,7 @@ impl Agent {
     /// # Errors
     /// When the binary is missing.
     pub fn command(&self, args: &[&str]) -> Result<Command> {
-        let mut command = Command::new(binary()?);
+        let mut command = Command::new(&self.program);
         command
             .arg("--socket")
             .arg(&self.files.socket)
@@ -126,6 +145,15 @@ impl Agent {
     /// Its process.
     pub fn pid(&self) -> i32 {
         self.child.id() as i32
+    }
+
+    /// Starts it again on `host`, its process having ended; its files stay.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start_again(&mut self, host: &Host) -> Result<()> {
+        *self = Agent::spawn(host, self.files.clone(), self.program.clone())?;
+        self.ready()
     }
 
     /// Kills it, as a crash would.
@@ -202,9 +230,14 @@ impl Cluster {
     /// When one does not come up; the message holds its log.
     pub fn start(lab: &Lab, options: AgentOptions) -> Result<Cluster> {
         agentcfg::write_secret(lab)?;
+        let program = match &options.plant {
+            Some(_) => planted_binary()?,
+            None => binary()?,
+        };
         let mut agents = Vec::new();
         for host in &lab.hosts {
-            agents.push(Agent::spawn(host, agentcfg::write(lab, host, &options)?)?);
+            let files = agentcfg::write(lab, host, &options)?;
+            agents.push(Agent::spawn(host, files, program.clone())?);
         }
         for agent in &mut agents {
             agent.ready()?;
@@ -245,9 +278,24 @@ impl Cluster {
         moves: &[(String, String, String)],
         args: &[&str],
     ) -> Result<Migration> {
+        let coordinator = &moves.first().context("a plan moves at least one VM")?.1;
+        self.start_migration_at(lab, coordinator, gang, moves, args)
+    }
+
+    /// As [`Cluster::start_migration`], at the agent of any host.
+    ///
+    /// # Errors
+    /// As [`Cluster::start_migration`].
+    pub fn start_migration_at(
+        &self,
+        lab: &Lab,
+        coordinator: &str,
+        gang: &str,
+        moves: &[(String, String, String)],
+        args: &[&str],
+    ) -> Result<Migration> {
         let plan = lab.run_dir().join(format!("{gang}.toml"));
         fs::write(&plan, agentcfg::plan(gang, moves))?;
-        let coordinator = &moves.first().context("a plan moves at least one VM")?.1;
         let agent = self.agent(coordinator);
         let stderr = if self.progress {
             Stdio::inherit()
