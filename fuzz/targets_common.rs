@@ -378,6 +378,7 @@ fn check_config(config: &AgentConfig) {
     .into_iter()
     .chain(&config.qemu_binaries)
     .chain(&config.hold_at_switch)
+    .chain(&config.moments)
     {
         assert!(path.is_absolute(), "{path:?}");
     }

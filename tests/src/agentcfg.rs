@@ -17,6 +17,8 @@ pub const PORT: u16 = 7400;
 pub struct AgentOptions {
     /// Wait at each VM's switch until the lab has compared its RAM.
     pub hold_at_switch: Option<PathBuf>,
+    /// Where agents show and hold the moments of a handover.
+    pub moments: Option<PathBuf>,
     /// Use the eBPF meter; policies without it pace by queueing alone.
     pub meter: bool,
     /// Further lines for `policy.toml`.
@@ -29,6 +31,7 @@ impl Default for AgentOptions {
     fn default() -> AgentOptions {
         AgentOptions {
             hold_at_switch: None,
+            moments: None,
             meter: true,
             policy: String::new(),
             log: "info".into(),
@@ -132,8 +135,15 @@ fn config(
             peer.addr
         );
     }
-    if let Some(dir) = &options.hold_at_switch {
-        let _ = write!(out, "\n[debug]\nhold_at_switch = {dir:?}\n");
+    out.push_str("\n[debug]\n");
+    let dirs = [
+        ("hold_at_switch", &options.hold_at_switch),
+        ("moments", &options.moments),
+    ];
+    for (key, dir) in dirs {
+        if let Some(dir) = dir {
+            let _ = writeln!(out, "{key} = {dir:?}");
+        }
     }
     out
 }

@@ -49,6 +49,7 @@ impl Stage {
             &lab,
             AgentOptions {
                 hold_at_switch,
+                moments: Some(lab.run_dir().join("moments")),
                 ..options
             },
         )?;
@@ -67,6 +68,12 @@ impl Stage {
     /// Where agents wait at the switch.
     pub fn hold_dir(&self) -> PathBuf {
         self.lab.run_dir().join("hold")
+    }
+
+    /// Where agents show the moments of handovers, and wait; see
+    /// [`drover::gang::moments`].
+    pub fn moments_dir(&self) -> PathBuf {
+        self.lab.run_dir().join("moments")
     }
 
     /// Migrates, and demands of every VM that it arrived with its RAM byte

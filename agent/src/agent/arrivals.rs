@@ -10,6 +10,7 @@ use crate::dedup::target_vm::TargetVm as Placed;
 use crate::gang::handover::chain;
 use crate::gang::journal::{Record, Side, Step};
 use crate::gang::message::{Digest, GangResponse, GangSpec, SourceFacts};
+use crate::gang::moments::Moment;
 use crate::gang::target::TargetGang;
 use crate::gang::verify::full_digest;
 use crate::net::Incoming;
@@ -160,6 +161,7 @@ impl Agent {
         let definition = self.acceptable(&plan.name, &facts)?;
         let files = VmPaths::new(&self.config.run_dir, &self.config.ram_dir, &plan.name);
         let host = &self.config.placeholders;
+        self.moments.reach(Moment::Preparing, &plan.name).await;
         let waiting = TargetVm::prepare(&definition, &files, host, &facts.direct)
             .await
             .map_err(|e| chain(&e))?;
@@ -190,6 +192,7 @@ impl Agent {
         };
         tracing::info!(vm = %plan.name, from = %plan.from, "incoming VMM waits");
         gang.arrivals.borrow_mut().insert(index, Rc::new(arrival));
+        self.moments.reach(Moment::Prepared, &plan.name).await;
         Ok(())
     }
 
@@ -208,6 +211,7 @@ impl Agent {
             .as_ref()
             .ok_or("no VM of the gang arrives here")?;
         let _step = arrival.step.lock().await;
+        self.moments.reach(Moment::Sealing, &arrival.name).await;
         let until = Instant::now() + wait;
         let mut ask_again = Instant::now() + ASK_AGAIN;
         loop {
@@ -261,6 +265,9 @@ impl Agent {
         let listening = vm.listen(&arrival.socket).await.map_err(|e| chain(&e));
         arrival.put_back(vm);
         listening?;
+        self.moments
+            .reach(Moment::DeviceExpected, &arrival.name)
+            .await;
         Ok(GangResponse::DeviceExpected {
             ram: arrival.files.ram.display().to_string(),
         })
@@ -278,7 +285,11 @@ impl Agent {
         let vm = arrival.take()?;
         let arrived = vm.wait_arrived(wait).await.map_err(|e| chain(&e));
         arrival.put_back(vm);
-        arrived
+        arrived?;
+        self.moments
+            .reach(Moment::DeviceArrived, &arrival.name)
+            .await;
+        Ok(())
     }
 
     /// The source has committed: the VM is this host's. Idempotent.
@@ -290,6 +301,9 @@ impl Agent {
     ) -> Result<(), String> {
         let arrival = gang.arrival(index).ok_or("that VM is not arriving here")?;
         let _step = arrival.step.lock().await;
+        self.moments
+            .reach(Moment::ResumeReceived, &arrival.name)
+            .await;
         if matches!(*arrival.stage.borrow(), Stage::Here) {
             return Ok(());
         }
@@ -306,10 +320,16 @@ impl Agent {
             arrival.put_back(vm);
             return Err(error.to_string());
         }
+        self.moments
+            .reach(Moment::TargetCommitted, &arrival.name)
+            .await;
         if run && let Err(error) = vm.resume().await {
             arrival.put_back(vm);
             return Err(chain(&error));
         }
+        self.moments
+            .reach(Moment::TargetRunning, &arrival.name)
+            .await;
         let vmm = vm.keep();
         *arrival.stage.borrow_mut() = Stage::Here;
         self.vms.insert(Vm::new(

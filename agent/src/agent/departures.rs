@@ -230,6 +230,7 @@ impl Agent {
             steps,
             turn: wait_for_turn,
             hold: self.config.hold_at_switch.clone(),
+            moments: self.moments.clone(),
         };
         let (agent, side) = (self.clone(), side.clone());
         tokio::task::spawn_local(async move {

@@ -21,6 +21,7 @@ use crate::gang::coordinator::{Caller, Gang};
 use crate::gang::handover::chain;
 use crate::gang::journal::{Journal, JournalError};
 use crate::gang::message::{CoreState, GangRequest, GangResponse};
+use crate::gang::moments::Moments;
 use crate::gang::slots::ScanSlots;
 use crate::lane::BufferPool;
 use crate::lane::pool::BUF_LEN;
@@ -112,6 +113,7 @@ pub(crate) struct Agent {
     rack: RackService,
     peers: BTreeMap<String, RpcClient<GangRequest, GangResponse>>,
     journal: Journal,
+    moments: Moments,
     vms: Registry,
     gangs: RefCell<BTreeMap<GangId, Rc<LocalGang>>>,
     /// Gangs this agent coordinates or has coordinated, newest last.
@@ -194,6 +196,7 @@ impl Agent {
             })
             .collect();
         Ok(Rc::new(Agent {
+            moments: Moments::new(config.moments.clone()),
             config,
             secret,
             roster,

@@ -145,7 +145,12 @@ impl Agent {
             align: request.options.align,
             at_once: SWITCH_AT_ONCE,
         };
-        let gang = Gang::new(Rc::new(AgentCaller(self.clone())), spec, rules);
+        let gang = Gang::new(
+            Rc::new(AgentCaller(self.clone())),
+            spec,
+            rules,
+            self.moments.clone(),
+        );
         if dry_run {
             let state = gang.dry_run().await;
             let checks = state

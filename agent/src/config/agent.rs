@@ -51,6 +51,9 @@ pub struct AgentConfig {
     /// writes `NAME.ready` here with the paths of both RAM files, and waits (at
     /// most 30 s) for `NAME.go`. For tests that compare guest RAM at the switch.
     pub hold_at_switch: Option<PathBuf>,
+    /// `[debug] moments`: where the agent shows how far handovers are, and
+    /// tests hold it; see [`crate::gang::moments`].
+    pub moments: Option<PathBuf>,
 }
 
 /// Another agent.
@@ -148,6 +151,7 @@ pub(super) struct Draft {
     pub(super) placeholders: BTreeMap<String, String>,
     pub(super) data_memory: Option<ByteSize>,
     pub(super) hold_at_switch: Option<PathBuf>,
+    pub(super) moments: Option<PathBuf>,
 }
 
 fn read(file: &Path, root: &Section<'_, '_>) -> Draft {
@@ -157,6 +161,7 @@ fn read(file: &Path, root: &Section<'_, '_>) -> Draft {
         let path: Option<PathBuf> = root.required(key, remedy);
         path.map(|p| here.join(p))
     };
+    let [hold_at_switch, moments] = check::debug(root).map(|dir| dir.map(|p| here.join(p)));
     Draft {
         file: file.to_owned(),
         name: root.required("name", "add name = \"…\": what plans call this host"),
@@ -183,7 +188,8 @@ fn read(file: &Path, root: &Section<'_, '_>) -> Draft {
         qemu_binaries: Some(root.or("qemu_binaries", Vec::new())),
         placeholders: check::placeholders(root),
         data_memory: Some(root.or("data_memory", ByteSize(64 << 20))),
-        hold_at_switch: check::hold_at_switch(root).map(|p| here.join(p)),
+        hold_at_switch,
+        moments,
     }
 }
 
@@ -209,6 +215,7 @@ impl Draft {
             placeholders: self.placeholders,
             data_memory: self.data_memory?.0,
             hold_at_switch: self.hold_at_switch,
+            moments: self.moments,
             name,
         })
     }

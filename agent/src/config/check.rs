@@ -277,12 +277,14 @@ pub(super) fn placeholders(root: &Section<'_, '_>) -> BTreeMap<String, String> {
     placeholders
 }
 
-/// `[debug]`, for tests.
-pub(super) fn hold_at_switch(root: &Section<'_, '_>) -> Option<PathBuf> {
-    let section = root.section("debug")?;
-    let dir = section.optional("hold_at_switch");
+/// `[debug]`, for tests: `hold_at_switch` and `moments`.
+pub(super) fn debug(root: &Section<'_, '_>) -> [Option<PathBuf>; 2] {
+    let Some(section) = root.section("debug") else {
+        return [None, None];
+    };
+    let dirs = ["hold_at_switch", "moments"].map(|key| section.optional(key));
     section.finish();
-    dir
+    dirs
 }
 
 /// What this host must have for the agent to start.

@@ -11,6 +11,7 @@
 use super::message::{
     CoreState, GangRequest, GangResponse, GangSpec, GangVm, Phase, SourceFacts, VmState,
 };
+use super::moments::{Moment, Moments};
 use crate::types::VmIndex;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -71,6 +72,7 @@ pub struct GangState {
 pub struct Gang<C> {
     caller: Rc<C>,
     rules: SwitchRules,
+    moments: Moments,
     state: RefCell<GangState>,
     cancel: RefCell<BTreeSet<VmIndex>>,
     started: Instant,
@@ -84,13 +86,14 @@ pub struct Gang<C> {
 
 impl<C: Caller> Gang<C> {
     /// A gang that has not started yet.
-    pub fn new(caller: Rc<C>, spec: GangSpec, rules: SwitchRules) -> Rc<Self> {
+    pub fn new(caller: Rc<C>, spec: GangSpec, rules: SwitchRules, moments: Moments) -> Rc<Self> {
         let vms = (0..spec.vms.len())
             .map(|i| VmState::new(VmIndex(i as u16)))
             .collect();
         Rc::new(Gang {
             caller,
             rules,
+            moments,
             state: RefCell::new(GangState {
                 spec,
                 vms,
@@ -139,14 +142,18 @@ impl<C: Caller> Gang<C> {
     /// `Cancelled` afterwards, and no agent holds anything of the gang.
     pub async fn run(self: &Rc<Self>) -> GangState {
         let facts = self.check_all().await;
+        self.moments.reach_gang(Moment::Checked).await;
         self.open_all().await;
+        self.moments.reach_gang(Moment::Opened).await;
         self.core_before.set(self.core_bytes().await);
         self.start_all(facts).await;
+        self.moments.reach_gang(Moment::Started).await;
         self.drive().await;
         // Every VM is where it stays; what follows is tidying up.
         self.stop_clock();
         let after = self.core_bytes().await;
         self.state.borrow_mut().core_bytes = after.saturating_sub(self.core_before.get());
+        self.moments.reach_gang(Moment::Closing).await;
         self.close_all().await;
         self.finish();
         self.snapshot()
@@ -295,7 +302,8 @@ impl<C: Caller> Gang<C> {
             self.deliver_cancels(&mut told_to_cancel).await;
             for vm in self.turns(&granted) {
                 granted.insert(vm);
-                let from = self.spec().vms[vm.0 as usize].from.clone();
+                let GangVm { name, from, .. } = self.spec().vms[vm.0 as usize].clone();
+                self.moments.reach(Moment::SwitchGranted, &name).await;
                 let request = GangRequest::Switch { gang, vm };
                 let answer = self.caller.call(&from, request, CHECK_LIMIT).await;
                 if let Err(why) = answer.and_then(|response| done(&from, response)) {

@@ -19,6 +19,7 @@ use super::coordinator::Caller;
 use super::flight::Flight;
 use super::journal::{Journal, Record, Side, Step as JournalStep};
 use super::message::{GangRequest, GangResponse, GangSpec, Phase, Verify};
+use super::moments::{Moment, Moments};
 use super::scan::{Command, Step};
 use super::verify::full_digest;
 use crate::dedup::fingerprint::FingerprintKey;
@@ -85,6 +86,8 @@ pub struct Handover<C> {
     pub turn: watch::Receiver<bool>,
     /// Tests look at both sides' RAM at the switch: see `[debug]` in agent.toml.
     pub hold: Option<PathBuf>,
+    /// Tests stop the handover at these.
+    pub moments: Moments,
 }
 
 /// An error before the point of no return, and what it left.
@@ -102,6 +105,10 @@ impl<C: Caller> Handover<C> {
 
     fn name(&self) -> &str {
         &self.flight.name
+    }
+
+    async fn reach(&self, moment: Moment) {
+        self.moments.reach(moment, self.name()).await;
     }
 
     /// Runs the handover to its end, whatever that is.
@@ -129,13 +136,18 @@ impl<C: Caller> Handover<C> {
             }
         }
         let downtime = since.elapsed().as_secs_f64() * 1e3;
+        self.reach(Moment::Resumed).await;
         self.flight
             .update(|state| state.downtime_ms = Some(downtime));
         let _thread_gone = self.commands.send(Command::Done);
+        self.reach(Moment::EndingSource).await;
         if let Err(error) = self.source.end(self.files.as_ref()).await {
             tracing::error!(vm = %self.flight.name, %error,
                 "the VM runs at its target, but its paused copy could not be ended here");
         }
+        self.moments
+            .reach(Moment::SourceEnded, &self.flight.name)
+            .await;
         if let Err(error) = self.journal.forget(&self.flight.name) {
             tracing::warn!(%error, "journal entry stays");
         }
@@ -162,6 +174,7 @@ impl<C: Caller> Handover<C> {
             tracing::error!(vm = %self.name(), %error, "VM could not be resumed; \
                 resume it by `cont` on its monitor");
         }
+        self.reach(Moment::RolledBack).await;
         let abort = GangRequest::Abort {
             gang: self.spec.id,
             vm: self.vm(),
@@ -192,7 +205,10 @@ impl<C: Caller> Handover<C> {
     async fn until_committed(&mut self) -> Result<(bool, Instant), Failure> {
         let running = |why| Failure { why, paused: None };
         self.record(JournalStep::Moving).map_err(running)?;
+        self.reach(Moment::JournalMoving).await;
+        self.reach(Moment::Precopy).await;
         self.wait_for_turn().await.map_err(running)?;
+        self.reach(Moment::Switch).await;
         self.commands
             .send(Command::Switch)
             .map_err(|_| running(self.thread_gone()))?;
@@ -207,12 +223,17 @@ impl<C: Caller> Handover<C> {
             why,
             paused: Some(was_running),
         };
+        self.reach(Moment::Paused).await;
         self.last_pages().await.map_err(paused)?;
+        self.reach(Moment::Sealed).await;
         self.device_state(device).await.map_err(paused)?;
+        self.reach(Moment::DeviceSent).await;
         if self.flight.is_cancelled() {
             return Err(paused("cancelled".into()));
         }
+        self.reach(Moment::Committing).await;
         self.record(JournalStep::Committed).map_err(paused)?;
+        self.reach(Moment::Committed).await;
         Ok((was_running, since))
     }
 
@@ -246,7 +267,7 @@ impl<C: Caller> Handover<C> {
     async fn next_step(&mut self) -> Result<Step, String> {
         loop {
             match self.steps.recv().await {
-                Some(Step::Ready) => {}
+                Some(Step::Ready) => self.reach(Moment::Ready).await,
                 Some(Step::Failed(error)) => return Err(chain(&error)),
                 Some(step) => return Ok(step),
                 None => return Err(self.thread_gone()),
@@ -278,6 +299,7 @@ impl<C: Caller> Handover<C> {
             Step::Sent { digest } => digest,
             other => return Err(self.out_of_step(&other)),
         };
+        self.reach(Moment::LastPages).await;
         let full = self.spec.verify == Verify::Full;
         if full {
             self.reread(digest).await?;
@@ -456,10 +478,8 @@ impl<C: Caller> Handover<C> {
                 vm: self.vm(),
                 run,
             };
-            let answer = self
-                .caller
-                .call(&self.flight.target, request, STEP_LIMIT)
-                .await;
+            let asking = self.caller.call(&self.flight.target, request, STEP_LIMIT);
+            let (answer, ()) = tokio::join!(asking, self.reach(Moment::ResumeSent));
             let why = match answer {
                 Ok(GangResponse::Done) => return Ok(()),
                 Ok(other) => self.refused(other),

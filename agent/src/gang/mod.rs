@@ -7,7 +7,8 @@
 //!   [`source`] holds what they share and carries the lanes' news back through
 //!   the [`inbox`]. [`rounds`] decides when to go round again.
 //! * On the target host: [`target`].
-//! * [`handover`] moves the VM itself, once; [`journal`] is its durable record.
+//! * [`handover`] moves the VM itself, once; [`journal`] is its durable record;
+//!   [`moments`] lets tests stop it anywhere.
 
 pub mod claims;
 pub mod coordinator;
@@ -16,6 +17,7 @@ pub mod handover;
 pub mod inbox;
 pub mod journal;
 pub mod message;
+pub mod moments;
 pub mod plan;
 pub mod rounds;
 pub mod scan;
