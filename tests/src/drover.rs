@@ -6,6 +6,7 @@ use crate::registry;
 use crate::topology::{Host, Lab};
 use anyhow::{Context, Result, bail};
 use drover::api::types::{GangReport, StatusInfo};
+use drover::gang::plant::{self, Plant};
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -55,25 +56,32 @@ pub struct Agent {
     pub name: String,
     /// Its files.
     pub files: AgentFiles,
+    plant: Option<Plant>,
     program: PathBuf,
     child: Child,
     pidfd: OwnedFd,
 }
 
 impl Agent {
-    fn spawn(host: &Host, files: AgentFiles, program: PathBuf) -> Result<Agent> {
+    fn spawn(host: &Host, files: AgentFiles, plant: Option<Plant>) -> Result<Agent> {
+        let program = match plant {
+            Some(_) => planted_binary()?,
+            None => binary()?,
+        };
         let log = File::options().create(true).append(true).open(&files.log)?;
         let mut command = host.ns.command(&program);
         command.arg("agent").arg("--config").arg(&files.config);
         command
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
-            .stderr(log);
+            .stderr(log)
+            .envs(plant.map(|bug| (plant::VARIABLE, bug.name())));
         let child = command.spawn().context("cannot run drover agent")?;
         let pidfd = registry::pidfd(child.id() as i32)?;
         Ok(Agent {
             name: host.name.clone(),
             files,
+            plant,
             program,
             child,
             pidfd,
@@ -152,7 +160,7 @@ impl Agent {
     /// # Errors
     /// When it does not come up.
     pub fn start_again(&mut self, host: &Host) -> Result<()> {
-        *self = Agent::spawn(host, self.files.clone(), self.program.clone())?;
+        *self = Agent::spawn(host, self.files.clone(), self.plant)?;
         self.ready()
     }
 
@@ -230,14 +238,10 @@ impl Cluster {
     /// When one does not come up; the message holds its log.
     pub fn start(lab: &Lab, options: AgentOptions) -> Result<Cluster> {
         agentcfg::write_secret(lab)?;
-        let program = match &options.plant {
-            Some(_) => planted_binary()?,
-            None => binary()?,
-        };
         let mut agents = Vec::new();
         for host in &lab.hosts {
             let files = agentcfg::write(lab, host, &options)?;
-            agents.push(Agent::spawn(host, files, program.clone())?);
+            agents.push(Agent::spawn(host, files, options.plant)?);
         }
         for agent in &mut agents {
             agent.ready()?;

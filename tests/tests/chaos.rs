@@ -3,6 +3,7 @@
 //! it is `cargo xtask chaos`.
 
 use anyhow::{Result, ensure};
+use drover::gang::plant::Plant;
 use drover_ebpf::fault::Fault;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -15,12 +16,12 @@ use tests::topology::{Lab, Shape};
 /// Another one is as good; this one is always the same.
 const SEED: u64 = 3;
 
-fn run(cells: Vec<Cell>, plant: Option<&str>) -> Result<Report> {
+fn run(cells: Vec<Cell>, plant: Option<Plant>) -> Result<Report> {
     let options = Options {
         seed: SEED,
         cells,
         soak: 0,
-        plant: plant.map(str::to_owned),
+        plant,
         logs: default_logs(),
     };
     tests::chaos::run(&options, &|line| println!("{line}"))
@@ -119,17 +120,21 @@ fn bad_links_are_bad_and_tcp_never_delivers_what_was_not_sent() -> Result<()> {
 
 #[test]
 fn the_matrix_notices_a_target_that_resumes_before_the_last_page() -> Result<()> {
-    notices("early-resume", "core-link/loss/precopy")
+    notices(Plant::EarlyResume, "core-link/loss/precopy")
 }
 
 #[test]
 fn the_matrix_notices_pages_that_a_lost_lane_takes_along() -> Result<()> {
-    notices("skip-resend", "core-link/down3s/precopy")
+    notices(Plant::SkipResend, "core-link/down3s/precopy")
 }
 
-fn notices(bug: &str, cell: &str) -> Result<()> {
+fn notices(bug: Plant, cell: &str) -> Result<()> {
     let cell: Cell = cell.parse().map_err(anyhow::Error::msg)?;
     let report = run(vec![cell], Some(bug))?;
-    ensure!(!report.ok(), "nothing noticed {bug}: {}", report.markdown());
+    ensure!(
+        !report.ok(),
+        "nothing noticed {bug:?}: {}",
+        report.markdown()
+    );
     Ok(())
 }

@@ -20,6 +20,7 @@ use super::flight::Flight;
 use super::journal::{Journal, Record, Side, Step as JournalStep};
 use super::message::{GangRequest, GangResponse, GangSpec, Phase, Verify};
 use super::moments::{Moment, Moments};
+use super::plant::{self, Plant};
 use super::scan::{Command, Step};
 use super::verify::full_digest;
 use crate::dedup::fingerprint::FingerprintKey;
@@ -136,6 +137,9 @@ impl<C: Caller> Handover<C> {
             }
         }
         let downtime = since.elapsed().as_secs_f64() * 1e3;
+        if plant::has(Plant::EarlyResume) {
+            let _too_late = self.last_pages().await;
+        }
         self.reach(Moment::Resumed).await;
         self.flight
             .update(|state| state.downtime_ms = Some(downtime));
@@ -224,7 +228,9 @@ impl<C: Caller> Handover<C> {
             paused: Some(was_running),
         };
         self.reach(Moment::Paused).await;
-        self.last_pages().await.map_err(paused)?;
+        if !plant::has(Plant::EarlyResume) {
+            self.last_pages().await.map_err(paused)?;
+        }
         self.reach(Moment::Sealed).await;
         self.device_state(device).await.map_err(paused)?;
         self.reach(Moment::DeviceSent).await;

@@ -1,7 +1,12 @@
 //! Bugs on purpose, so that the fault matrix can be shown to notice them:
 //! `cargo xtask chaos --plant NAME`. They exist only in agents built with the
-//! feature `planted-bugs`, which no release is, and only if `[debug] plant` in
-//! agent.toml names one; other agents refuse that key.
+//! feature `planted-bugs`, which no release is, and there only if the variable
+//! `DROVER_PLANT` of their environment names one.
+
+use std::str::FromStr;
+
+/// The variable.
+pub const VARIABLE: &str = "DROVER_PLANT";
 
 /// A bug.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,6 +17,31 @@ pub enum Plant {
     SkipResend,
 }
 
+impl Plant {
+    /// All of them.
+    pub const ALL: [Plant; 2] = [Plant::EarlyResume, Plant::SkipResend];
+
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Plant::EarlyResume => "early-resume",
+            Plant::SkipResend => "skip-resend",
+        }
+    }
+}
+
+impl FromStr for Plant {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Plant, String> {
+        let found = Plant::ALL.into_iter().find(|bug| bug.name() == name);
+        found.ok_or_else(|| {
+            let names = Plant::ALL.map(Plant::name).join(", ");
+            format!("there is no bug {name:?}; there are: {names}")
+        })
+    }
+}
+
 /// Whether this agent has the bug.
 #[cfg(not(feature = "planted-bugs"))]
 #[inline(always)]
@@ -19,33 +49,19 @@ pub const fn has(_: Plant) -> bool {
     false
 }
 
+/// Whether this agent has the bug.
+///
+/// # Panics
+/// When the variable names a bug that is none: a test would test nothing.
 #[cfg(feature = "planted-bugs")]
-pub use planted::{has, parse, plant};
-
-#[cfg(feature = "planted-bugs")]
-mod planted {
-    use super::Plant;
+pub fn has(bug: Plant) -> bool {
     use std::sync::OnceLock;
-
-    static PLANTED: OnceLock<Plant> = OnceLock::new();
-
-    /// Whether this agent has the bug.
-    pub fn has(bug: Plant) -> bool {
-        PLANTED.get() == Some(&bug)
-    }
-
-    /// Gives this agent a bug, for good.
-    pub fn plant(bug: Plant) {
-        tracing::error!(?bug, "this agent has a bug on purpose: it loses VMs' data");
-        let _first_counts = PLANTED.set(bug);
-    }
-
-    /// The bug called so.
-    pub fn parse(name: &str) -> Option<Plant> {
-        match name {
-            "early-resume" => Some(Plant::EarlyResume),
-            "skip-resend" => Some(Plant::SkipResend),
-            _ => None,
-        }
-    }
+    static PLANTED: OnceLock<Option<Plant>> = OnceLock::new();
+    let planted = PLANTED.get_or_init(|| {
+        let name = std::env::var(VARIABLE).ok()?;
+        let planted: Plant = name.parse().unwrap_or_else(|why| panic!("{why}"));
+        tracing::error!(bug = %name, "this agent has a bug on purpose: it loses VMs' data");
+        Some(planted)
+    });
+    *planted == Some(bug)
 }

@@ -5,6 +5,7 @@ use super::report::Report;
 use super::{Options, default_logs, empty_logs};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use drover::gang::plant::Plant;
 use std::fs;
 use std::path::PathBuf;
 
@@ -34,7 +35,7 @@ pub struct ChaosArgs {
     soak: u32,
     /// Have the agents made with a bug; it is an error if no cell notices
     #[arg(long, value_name = "BUG")]
-    plant: Option<String>,
+    plant: Option<Plant>,
     /// Write what was found as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -93,7 +94,7 @@ impl ChaosArgs {
             seed: self.seed,
             cells,
             soak: self.soak,
-            plant: self.plant.clone(),
+            plant: self.plant,
             logs: default_logs(),
         };
         empty_logs(&options.logs)?;
@@ -111,7 +112,7 @@ impl ChaosArgs {
                 println!("the planted bug was noticed");
                 Ok(())
             }
-            (Some(bug), true) => bail!("no cell noticed the planted bug {bug}"),
+            (Some(bug), true) => bail!("no cell noticed the planted bug {}", bug.name()),
             (None, false) => bail!(
                 "invariants did not hold; the agents' logs are in {}",
                 options.logs.display()

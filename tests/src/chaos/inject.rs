@@ -68,8 +68,6 @@ enum Undo {
     Nothing,
     /// The agent has to be started again.
     Agent(String),
-    /// The process goes on.
-    Stopped(Stopped),
     /// By dropping it.
     Drop(#[expect(dead_code, reason = "kept to be dropped")] Box<dyn std::fmt::Debug>),
 }
@@ -102,7 +100,7 @@ impl Active {
     pub fn end(self, stand: &mut Stand) -> Result<()> {
         match self.undo {
             Undo::Agent(name) => stand.start_agent(&name),
-            Undo::Nothing | Undo::Stopped(_) | Undo::Drop(_) => Ok(()),
+            Undo::Nothing | Undo::Drop(_) => Ok(()),
         }
     }
 }
@@ -208,7 +206,7 @@ fn process(
     Ok(Some(match (fault, is_vmm) {
         (Fault::Stop, _) => {
             registry::send_signal(&pidfd, libc::SIGSTOP);
-            (Some(Duration::from_secs(5)), Undo::Stopped(Stopped(pidfd)))
+            (Some(Duration::from_secs(5)), Undo::Drop(Box::new(Stopped(pidfd))))
         }
         (Fault::Restart, true) => {
             registry::send_signal(&pidfd, libc::SIGTERM);

@@ -25,6 +25,7 @@ pub mod stand;
 
 use anyhow::{Context, Result};
 use cell::Cell;
+use drover::gang::plant::Plant;
 use report::{CellResult, Report};
 use run::{Survived, When};
 use stand::{Stand, ms_since};
@@ -41,8 +42,8 @@ pub struct Options {
     pub cells: Vec<Cell>,
     /// Gangs to move back and forth after them, with faults at any time.
     pub soak: u32,
-    /// A bug that the agents are to have: `[debug] plant`.
-    pub plant: Option<String>,
+    /// A bug that the agents are to have.
+    pub plant: Option<Plant>,
     /// Where agents' logs of failed cells are kept.
     pub logs: PathBuf,
 }
@@ -58,7 +59,7 @@ impl Stands<'_> {
     fn get(&mut self) -> Result<&mut Stand> {
         let stand = match self.now.take() {
             Some(stand) => stand,
-            None => Stand::new(self.options.plant.as_deref()).context("no stand")?,
+            None => Stand::new(self.options.plant).context("no stand")?,
         };
         Ok(self.now.insert(stand))
     }

@@ -114,7 +114,7 @@ impl Report {
     pub fn new(options: &Options) -> Report {
         Report {
             seed: options.seed,
-            plant: options.plant.clone(),
+            plant: options.plant.map(|bug| bug.name().to_owned()),
             cells: Vec::new(),
             soak: None,
         }

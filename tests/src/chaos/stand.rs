@@ -24,6 +24,7 @@ use crate::serial::Serial;
 use crate::topology::{Host, Lab, Shape};
 use anyhow::{Context, Result, bail, ensure};
 use drover::api::types::{Outcome, StatusInfo};
+use drover::gang::plant::Plant;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -73,7 +74,7 @@ impl Stand {
     ///
     /// # Errors
     /// When something of it does not come up.
-    pub fn new(plant: Option<&str>) -> Result<Stand> {
+    pub fn new(plant: Option<Plant>) -> Result<Stand> {
         // Said before the lab is laid out: the usual mistake.
         match plant {
             Some(_) => crate::drover::planted_binary()?,
@@ -96,7 +97,7 @@ impl Stand {
         let options = AgentOptions {
             hold_at_switch: Some(hold),
             moments: Some(moments),
-            plant: plant.map(str::to_owned),
+            plant,
             ..AgentOptions::default()
         };
         let cluster = Cluster::start(&lab, options)?;
