@@ -206,7 +206,10 @@ fn process(
     Ok(Some(match (fault, is_vmm) {
         (Fault::Stop, _) => {
             registry::send_signal(&pidfd, libc::SIGSTOP);
-            (Some(Duration::from_secs(5)), Undo::Drop(Box::new(Stopped(pidfd))))
+            (
+                Some(Duration::from_secs(5)),
+                Undo::Drop(Box::new(Stopped(pidfd))),
+            )
         }
         (Fault::Restart, true) => {
             registry::send_signal(&pidfd, libc::SIGTERM);

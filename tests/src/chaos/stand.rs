@@ -19,6 +19,7 @@ use super::marks::Marks;
 use crate::agentcfg::{self, AgentFiles, AgentOptions};
 use crate::drover::{Agent, Cluster, Migration};
 use crate::gang;
+use crate::guest::kvm::{self, KvmWork};
 use crate::qemu::{Guest, Places};
 use crate::serial::Serial;
 use crate::topology::{Host, Lab, Shape};
@@ -110,7 +111,7 @@ impl Stand {
             lab,
         };
         for index in 1..COORDINATOR {
-            let (name, guest) = (format!("vm{index}"), Guest::small_kvm(u32::from(index))?);
+            let (name, guest) = (format!("vm{index}"), guest(u32::from(index))?);
             for host in &stand.lab.hosts {
                 let definitions = AgentFiles::of(host).definitions;
                 fs::write(
@@ -267,12 +268,24 @@ impl Stand {
         self.cluster.agents.iter().map(Agent::status).collect()
     }
 
-    /// Keeps the agents' logs, for whoever looks for the reason of a failure.
+    /// Keeps the agents' logs and what the guests said, for whoever looks for
+    /// the reason of a failure.
     ///
     /// # Errors
     /// When they cannot be copied.
     pub fn keep_logs(&self, to: &Path) -> Result<()> {
         fs::create_dir_all(to)?;
+        for (host, vm) in self
+            .lab
+            .hosts
+            .iter()
+            .flat_map(|h| self.vms.iter().map(move |v| (h, v)))
+        {
+            let serial = AgentFiles::of(host).places(&vm.name).serial;
+            if Path::new(&serial).exists() {
+                fs::copy(serial, to.join(format!("{}.{}.serial", host.name, vm.name)))?;
+            }
+        }
         for agent in &self.cluster.agents {
             fs::copy(&agent.files.log, to.join(format!("{}.log", agent.name)))?;
         }
@@ -290,6 +303,21 @@ impl Stand {
         drop(lab);
         crate::check::nothing_left(&id)
     }
+}
+
+/// A guest that is moved, checked and compared quickly: hundreds of times.
+fn guest(seed: u32) -> Result<Guest> {
+    Ok(Guest::Kvm {
+        elf: kvm::ensure()?,
+        ram_mib: 16,
+        work: KvmWork {
+            seed,
+            common_mib: 1,
+            own_mib: 1,
+            ws_mib: 2,
+            rate_kb: 2000,
+        },
+    })
 }
 
 fn hold_dir(lab: &Lab) -> PathBuf {
