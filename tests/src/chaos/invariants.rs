@@ -90,15 +90,45 @@ impl Allowed {
     }
 }
 
-/// What is the matter while a stand is not yet as it should be, or where its
-/// VMs are.
+/// A stand as it is now.
+#[derive(Debug)]
+pub struct Now {
+    /// Where each VM is, if that is one place or, rightly, none.
+    pub places: Option<Vec<Where>>,
+    /// What keeps all from being as it should be.
+    pub trouble: Option<String>,
+}
+
+/// Looks at everything that has to come to rest.
 ///
 /// # Errors
 /// When the lab itself cannot be looked at.
-pub fn settled(
-    stand: &Stand,
-    allowed: impl Fn(&str) -> Allowed,
-) -> Result<Result<Vec<Where>, String>> {
+pub fn now(stand: &Stand, allowed: impl Fn(&str) -> Allowed) -> Result<Now> {
+    let places = match places(stand, allowed)? {
+        Ok(places) => places,
+        Err(trouble) => {
+            return Ok(Now {
+                places: None,
+                trouble: Some(trouble),
+            });
+        }
+    };
+    let mut left = Vec::new();
+    for (vm, place) in stand.vms.iter().zip(&places) {
+        left.extend(leftovers(stand, vm, *place)?);
+    }
+    let trouble = match left.is_empty() {
+        true => still_busy(stand),
+        false => Some(format!("left behind: {}", left.join(", "))),
+    };
+    Ok(Now {
+        places: Some(places),
+        trouble,
+    })
+}
+
+/// Where the VMs are, or which is not where one should be.
+fn places(stand: &Stand, allowed: impl Fn(&str) -> Allowed) -> Result<Result<Vec<Where>, String>> {
     let vmms = stand.census.vmms()?;
     let mut places = Vec::new();
     for vm in &stand.vms {
@@ -123,13 +153,7 @@ pub fn settled(
             _ => return Ok(Err(format!("{}: {}", vm.name, described()))),
         });
     }
-    for (vm, place) in stand.vms.iter().zip(&places) {
-        let left = leftovers(stand, vm, *place)?;
-        if !left.is_empty() {
-            return Ok(Err(format!("left behind: {}", left.join(", "))));
-        }
-    }
-    Ok(still_busy(stand).map_or(Ok(places), Err))
+    Ok(Ok(places))
 }
 
 /// Files of a VM where it is not, and files that only a handover needs.

@@ -4,7 +4,7 @@
 use super::cell::{Cell, Random};
 use super::census::Watch;
 use super::inject::{self, Active, Roles};
-use super::invariants::{self, Allowed, Where};
+use super::invariants::{self, Allowed, Now, Where};
 use super::marks::Switches;
 use super::stand::{Stand, ms_since};
 use crate::drover::{Ended, Migration};
@@ -40,8 +40,8 @@ pub struct Survived {
 /// Runs one cell on a stand whose VMs are together.
 ///
 /// # Errors
-/// With the first invariant that does not hold. The stand is then not to be
-/// used any more.
+/// With the invariants that do not hold. The stand is then not to be used any
+/// more.
 pub fn run(stand: &mut Stand, cell: &Cell, seed: u64, when: When) -> Result<Survived> {
     let mut random = Random::new(seed);
     let from = stand.side()?;
@@ -71,23 +71,43 @@ pub fn run(stand: &mut Stand, cell: &Cell, seed: u64, when: When) -> Result<Surv
         .and_then(|over_at| Ok((migration.end()?, over_at)))
         .with_context(|| format!("{gang} after the fault"))?;
 
-    let found = rest(stand, cell, when, &roles, over_at)?;
+    let now = rest(stand, cell, when, &roles, over_at)?;
     let recovery_ms = ms_since(over_at);
+    // Everything that does not hold is told: the first of it may be the least.
+    let mut wrong = Wrong(now.trouble.into_iter().collect());
     let doubled = doubles.finish()?;
-    ensure!(doubled.is_empty(), "{}", doubled.join("; "));
+    wrong.0.extend(doubled);
     let at_switch = switches.finish()?;
-    note_places(stand, &found);
-    invariants::ram_was_equal(&at_switch)?;
-    for vm in stand.vms.iter().filter(|vm| vm.rack.is_some()) {
-        stand.verify(vm)?;
+    wrong.note(invariants::ram_was_equal(&at_switch));
+    if let Some(places) = &now.places {
+        note_places(stand, places);
+        for vm in stand.vms.iter().filter(|vm| vm.rack.is_some()) {
+            wrong.note(stand.verify(vm));
+        }
+        wrong.note(invariants::told_truly(
+            &ended, &stand.vms, places, cell, when, &roles,
+        ));
     }
-    invariants::told_truly(&ended, &stand.vms, &found, cell, when, &roles)?;
-    invariants::held_at_switch(&at_switch, ended.report.as_ref())?;
-    invariants::nothing_else(stand)?;
+    wrong.note(invariants::held_at_switch(
+        &at_switch,
+        ended.report.as_ref(),
+    ));
+    wrong.note(invariants::nothing_else(stand));
+    ensure!(wrong.0.is_empty(), "{}", wrong.0.join("; "));
     Ok(Survived {
         recovery_ms,
         outcome: in_short(&ended, &roles),
     })
+}
+
+/// What does not hold.
+struct Wrong(Vec<String>);
+
+impl Wrong {
+    fn note(&mut self, checked: Result<()>) {
+        self.0
+            .extend(checked.err().map(|error| format!("{error:#}")));
+    }
 }
 
 /// Starts the gang and brings it to where the fault comes.
@@ -154,22 +174,17 @@ fn to_the_end(
     }
 }
 
-/// Waits until everything is as it should be.
-fn rest(
-    stand: &Stand,
-    cell: &Cell,
-    when: When,
-    roles: &Roles,
-    over_at: Instant,
-) -> Result<Vec<Where>> {
+/// Waits until everything is as it should be, or for as long as that may take.
+fn rest(stand: &Stand, cell: &Cell, when: When, roles: &Roles, over_at: Instant) -> Result<Now> {
     let until = over_at.max(Instant::now()) + REST;
     loop {
-        let why = match invariants::settled(stand, |vm| Allowed::of(cell, when, roles, vm))? {
-            Ok(places) => return Ok(places),
-            Err(why) => why,
+        let mut now = invariants::now(stand, |vm| Allowed::of(cell, when, roles, vm))?;
+        let Some(trouble) = &mut now.trouble else {
+            return Ok(now);
         };
         if Instant::now() > until {
-            bail!("no rest within {REST:?}: {why}");
+            *trouble = format!("no rest within {REST:?}: {trouble}");
+            return Ok(now);
         }
         std::thread::sleep(LOOK);
     }
