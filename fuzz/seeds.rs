@@ -4,6 +4,7 @@
 
 use super::targets_common::{KEY, NONCE};
 use drover::api::types::{AdoptVm, Cancel, MigrationOptions, MigrationRequest, RunVm};
+use drover::gang::handover::machine::{Whose, Word};
 use drover::gang::journal::{Record, Side, Step};
 use drover::gang::message::{
     CoreState, GangHost, GangRequest, GangResponse, GangSpec, GangVm, PageCounts, Phase,
@@ -338,6 +339,7 @@ fn rpc(add: Add<'_>) {
         compress: Default::default(),
         verify: Default::default(),
         downtime_limit_ms: 300,
+        align: false,
     };
     let (gang, vm) = (GANG, VM);
     let requests = [
@@ -378,15 +380,30 @@ fn rpc(add: Add<'_>) {
             "resume",
             GangRequest::Resume {
                 gang,
-                vm,
+                vm: "web1".to_owned(),
                 run: true,
             },
         ),
         (
+            "whose",
+            GangRequest::WhoseIs {
+                gang,
+                vm: "web1".to_owned(),
+            },
+        ),
+        (
+            "settled",
+            GangRequest::Settled {
+                gang,
+                vm: "web1".to_owned(),
+            },
+        ),
+        ("take-over", GangRequest::TakeOver { gang }),
+        (
             "abort",
             GangRequest::Abort {
                 gang,
-                vm,
+                vm: "web1".to_owned(),
                 why: "cancelled".to_owned(),
             },
         ),
@@ -409,6 +426,7 @@ fn rpc(add: Add<'_>) {
             ..PageCounts::default()
         },
         downtime_ms: Some(41.5),
+        journal_ms: Some(1.5),
         verified: true,
         error: Some("lane lost".to_owned()),
     };
@@ -423,6 +441,14 @@ fn rpc(add: Add<'_>) {
                 pending: 2,
             },
         ),
+        (
+            "landed",
+            GangResponse::Landed {
+                word: Word::Here,
+                journal_us: 900,
+            },
+        ),
+        ("whose", GangResponse::Whose(Whose::Yours { run: true })),
         (
             "core",
             GangResponse::Core(CoreState {
@@ -555,6 +581,7 @@ fn json(add: Add<'_>) {
         side: Side::Target,
         step: Step::Committed,
         peer: "a1".to_owned(),
+        run: true,
     };
     add("json", "journal", text(&record));
     add("json", "api-run", text(&RunVm { name: name.clone() }));

@@ -172,6 +172,7 @@ fn info(outcome: Option<Outcome>) -> MigrationInfo {
                 VmOutcome::Failed
             },
             downtime_ms: 12.0,
+            journal_ms: 0.0,
             rounds: 2,
             pages: PageCounts::default(),
             verified: arrived,

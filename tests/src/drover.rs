@@ -283,17 +283,17 @@ impl Cluster {
         args: &[&str],
     ) -> Result<Migration> {
         let coordinator = &moves.first().context("a plan moves at least one VM")?.1;
-        self.start_migration_at(lab, coordinator, gang, moves, args)
+        self.start_migration_at(coordinator, lab, gang, moves, args)
     }
 
-    /// As [`Cluster::start_migration`], at the agent of any host.
+    /// As [`Cluster::start_migration`], at the agent `coordinator`.
     ///
     /// # Errors
     /// As [`Cluster::start_migration`].
     pub fn start_migration_at(
         &self,
-        lab: &Lab,
         coordinator: &str,
+        lab: &Lab,
         gang: &str,
         moves: &[(String, String, String)],
         args: &[&str],

@@ -365,7 +365,8 @@ fn connect(child: &mut Child, socket: &Path, log: &Path) -> Result<Qmp> {
 /// When nothing listens there.
 pub fn tell_guest(control: &Path, line: &str) -> Result<()> {
     let _open = say_to_guest(control, line)?;
-    std::thread::sleep(Duration::from_millis(100));
+    // On a machine that is busy with builds this takes a while.
+    std::thread::sleep(Duration::from_millis(1500));
     Ok(())
 }
 

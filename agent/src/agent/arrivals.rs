@@ -1,25 +1,28 @@
-//! VMs that arrive at this host.
+//! VMs that arrive at this host, until they have all their device state; then
+//! [`super::landing`] goes on.
 
 use super::Agent;
 use super::gangs::LocalGang;
-use super::registry::Vm;
 use crate::api::types::VmInfo;
 use crate::dedup::fingerprint::FingerprintKey;
 use crate::dedup::resolve::TargetConfig;
 use crate::dedup::target_vm::TargetVm as Placed;
+use crate::gang::handover::care::Care;
 use crate::gang::handover::chain;
+use crate::gang::handover::machine::{RunsOn, Target, TargetEvent};
 use crate::gang::journal::{Record, Side, Step};
 use crate::gang::message::{Digest, GangResponse, GangSpec, SourceFacts};
 use crate::gang::moments::Moment;
 use crate::gang::target::TargetGang;
 use crate::gang::verify::full_digest;
 use crate::net::Incoming;
-use crate::types::VmIndex;
+use crate::types::{GangId, VmIndex};
 use crate::vmm::definition::{Definition, VmPaths};
 use crate::vmm::direct::TargetVm;
+use crate::vmm::launch::{Vmm, has_leftover};
 use crate::vmm::ram::{GuestRam, free_bytes};
 use crate::vmm::relay::relay;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -37,34 +40,55 @@ const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// One VM on its way in.
 pub(super) struct Arrival {
-    name: String,
-    definition: Definition,
-    files: VmPaths,
-    ram: Arc<GuestRam>,
+    pub(super) gang: GangId,
+    pub(super) name: String,
+    /// The agent it comes from.
+    pub(super) from: String,
+    pub(super) definition: Definition,
+    pub(super) files: VmPaths,
     ram_bytes: u64,
-    placed: Arc<Placed>,
-    key: Arc<FingerprintKey>,
-    socket: PathBuf,
-    stage: RefCell<Stage>,
+    pub(super) socket: PathBuf,
+    /// While pages are placed; a restarted agent has none of it.
+    pages: RefCell<Option<Pages>>,
+    vmm: RefCell<Held>,
+    state: Cell<Target>,
+    /// Whether its guest is to run.
+    pub(super) run: Cell<bool>,
+    pub(super) care: Rc<Care>,
+    /// When its source spoke last.
+    heard: Cell<Instant>,
+    /// How long the last record took to become durable.
+    pub(super) journal_took: Cell<Duration>,
+    /// Somebody is looking after it.
+    pub(super) minded: Cell<bool>,
+    pub(super) fenced: Cell<Option<Instant>>,
     /// Serialises the steps of the handover.
-    step: tokio::sync::Mutex<()>,
+    pub(super) step: tokio::sync::Mutex<()>,
 }
 
 /// What there is of the VM here.
-enum Stage {
-    /// A stopped VMM that waits.
+pub(super) enum Held {
+    /// A stopped VMM that ends with us.
     Waiting(Box<TargetVm>),
-    /// A step of the handover has it.
-    Busy,
-    /// It has been resumed and is in the registry.
-    Here,
-    /// It was given up.
-    Gone,
+    /// One that lives on without us: it has all of its state.
+    Kept(Vmm),
+    /// None, or it is out of reach for the moment.
+    Nothing,
+}
+
+/// What pages are placed with.
+struct Pages {
+    side: Arc<TargetGang>,
+    index: VmIndex,
+    placed: Arc<Placed>,
+    ram: Arc<GuestRam>,
+    key: Arc<FingerprintKey>,
 }
 
 impl Agent {
     /// Whether a VM could be taken in. Touches nothing.
     pub(super) fn check_target(&self, name: &str, facts: &SourceFacts) -> Result<(), String> {
+        self.journal.check().map_err(|e| e.to_string())?;
         self.acceptable(name, facts).map(drop)
     }
 
@@ -111,12 +135,11 @@ impl Agent {
 
     /// Bytes of RAM files of arriving VMs that are not filled yet.
     fn promised_bytes(&self) -> u64 {
-        let gangs = self.open_gangs();
-        let arrivals = gangs
+        let landings = self.landings.borrow();
+        let unfilled = |a: &&Rc<Arrival>| matches!(a.state(), Target::Waiting | Target::Loaded);
+        landings
             .iter()
-            .flat_map(|g| g.arrivals.borrow().values().cloned().collect::<Vec<_>>());
-        arrivals
-            .filter(|a| !matches!(*a.stage.borrow(), Stage::Here | Stage::Gone))
+            .filter(unfilled)
             .map(|a| {
                 let used = std::fs::metadata(&a.files.ram).map_or(0, |m| m.blocks() * 512);
                 a.ram_bytes.saturating_sub(used)
@@ -158,10 +181,57 @@ impl Agent {
             .target
             .as_ref()
             .ok_or("no VM of the gang arrives at this host")?;
+        if self.landing(gang.spec.id, &plan.name).is_some() {
+            return Ok(());
+        }
         let definition = self.acceptable(&plan.name, &facts)?;
         let files = VmPaths::new(&self.config.run_dir, &self.config.ram_dir, &plan.name);
-        let host = &self.config.placeholders;
+        let record = Record {
+            gang: gang.spec.id,
+            vm: plan.name.clone(),
+            side: Side::Target,
+            step: Step::Moving,
+            peer: plan.from.clone(),
+            run: false,
+        };
+        self.journal.write(&record).map_err(|e| e.to_string())?;
+        let made = self.make_target(gang, side, index, definition, files, &facts);
+        match made.await {
+            Ok(arrival) => {
+                tracing::info!(vm = %plan.name, from = %plan.from, "incoming VMM waits");
+                let arrival = Rc::new(arrival);
+                gang.arrivals.borrow_mut().insert(index, arrival.clone());
+                self.landings.borrow_mut().push(arrival.clone());
+                self.cares.borrow_mut().push(arrival.care.clone());
+                self.moments.reach(Moment::Prepared, &plan.name).await;
+                if self.gang(gang.spec.id).is_err() {
+                    arrival.care.because("its gang was closed meanwhile");
+                    self.land(&arrival, TargetEvent::GiveUp).await;
+                    return Err("the gang was closed meanwhile".to_owned());
+                }
+                Ok(())
+            }
+            Err(why) => {
+                if let Err(error) = self.journal.forget(&plan.name, gang.spec.id) {
+                    tracing::warn!(%error, "journal entry stays");
+                }
+                Err(why)
+            }
+        }
+    }
+
+    async fn make_target(
+        &self,
+        gang: &LocalGang,
+        side: &Arc<TargetGang>,
+        index: VmIndex,
+        definition: Definition,
+        files: VmPaths,
+        facts: &SourceFacts,
+    ) -> Result<Arrival, String> {
+        let plan = gang.spec.vm(index).ok_or("no such VM")?;
         self.moments.reach(Moment::Preparing, &plan.name).await;
+        let host = &self.config.placeholders;
         let waiting = TargetVm::prepare(&definition, &files, host, &facts.direct)
             .await
             .map_err(|e| chain(&e))?;
@@ -170,30 +240,18 @@ impl Agent {
         let placed = side
             .add_vm(index, ram.clone(), key.clone())
             .map_err(|e| chain(&e))?;
-        let record = Record {
-            gang: gang.spec.id,
-            vm: plan.name.clone(),
-            side: Side::Target,
-            step: Step::Moving,
-            peer: plan.from.clone(),
-        };
-        self.journal.write(&record).map_err(|e| e.to_string())?;
-        let arrival = Arrival {
-            name: plan.name.clone(),
-            socket: files.dir.join("state.sock"),
-            definition,
-            files,
-            ram,
-            ram_bytes: facts.direct.ram_bytes,
+        let pages = Pages {
+            side: side.clone(),
+            index,
             placed,
+            ram,
             key,
-            stage: RefCell::new(Stage::Waiting(Box::new(waiting))),
-            step: tokio::sync::Mutex::new(()),
         };
-        tracing::info!(vm = %plan.name, from = %plan.from, "incoming VMM waits");
-        gang.arrivals.borrow_mut().insert(index, Rc::new(arrival));
-        self.moments.reach(Moment::Prepared, &plan.name).await;
-        Ok(())
+        let held = Held::Waiting(Box::new(waiting));
+        let care = Care::new(gang.spec.id, &plan.name, Side::Target, &plan.from, "");
+        let arrival = Arrival::new(&plan.from, definition, files, held, Target::Waiting, care);
+        *arrival.pages.borrow_mut() = Some(pages);
+        Ok(arrival)
     }
 
     /// Waits until every reference is settled, then compares.
@@ -206,11 +264,9 @@ impl Agent {
         wait: Duration,
     ) -> Result<GangResponse, String> {
         let arrival = gang.arrival(index).ok_or("that VM is not arriving here")?;
-        let side = gang
-            .target
-            .as_ref()
-            .ok_or("no VM of the gang arrives here")?;
         let _step = arrival.step.lock().await;
+        arrival.heard();
+        let (side, work) = arrival.check_work()?;
         self.moments.reach(Moment::Sealing, &arrival.name).await;
         let until = Instant::now() + wait;
         let mut ask_again = Instant::now() + ASK_AGAIN;
@@ -218,7 +274,7 @@ impl Agent {
             if let Some(why) = side.failure(index) {
                 return Err(format!("VM {}: {why}", arrival.name));
             }
-            let pending = arrival.placed.counts().pending;
+            let pending = work.placed.counts().pending;
             if pending == 0 {
                 break;
             }
@@ -230,25 +286,22 @@ impl Agent {
             }
             if Instant::now() > ask_again {
                 ask_again = Instant::now() + ASK_AGAIN;
-                side.ask_again(index, &arrival.placed);
+                side.ask_again(index, &work.placed);
             }
             tokio::time::sleep(SEAL_POLL).await;
         }
-        let side = side.clone();
-        let work = arrival.clone_for_check();
+        let (store, placed) = (side.clone(), work.placed.clone());
         let equal = tokio::task::spawn_blocking(move || {
-            let here = side.store.complete(&work.placed);
+            let here = store.store.complete(&work.placed);
             here.pending == 0 && here.digest == digest && (!full || work.reread(&here.digest))
         })
         .await
         .map_err(|panic| format!("comparing digests panicked: {panic}"))?;
-        if let Some(why) = gang.target.as_ref().and_then(|side| side.failure(index)) {
+        if let Some(why) = side.failure(index) {
             return Err(format!("VM {}: {why}", arrival.name));
         }
         if equal {
-            gang.target
-                .as_ref()
-                .inspect(|side| side.store.seal(&arrival.placed));
+            side.store.seal(&placed);
         }
         Ok(GangResponse::Sealed { equal, pending: 0 })
     }
@@ -261,9 +314,10 @@ impl Agent {
     ) -> Result<GangResponse, String> {
         let arrival = gang.arrival(index).ok_or("that VM is not arriving here")?;
         let _step = arrival.step.lock().await;
-        let mut vm = arrival.take()?;
+        arrival.heard();
+        let mut vm = arrival.take_waiting()?;
         let listening = vm.listen(&arrival.socket).await.map_err(|e| chain(&e));
-        arrival.put_back(vm);
+        arrival.hold(Held::Waiting(vm));
         listening?;
         self.moments
             .reach(Moment::DeviceExpected, &arrival.name)
@@ -273,7 +327,8 @@ impl Agent {
         })
     }
 
-    /// Waits until the VMM has all device state.
+    /// Waits until the VMM has all device state. Once this has said so, this
+    /// side may not give the VM up by itself any more.
     pub(super) async fn await_device(
         &self,
         gang: &LocalGang,
@@ -282,90 +337,20 @@ impl Agent {
     ) -> Result<(), String> {
         let arrival = gang.arrival(index).ok_or("that VM is not arriving here")?;
         let _step = arrival.step.lock().await;
-        let vm = arrival.take()?;
+        let vm = arrival.take_waiting()?;
         let arrived = vm.wait_arrived(wait).await.map_err(|e| chain(&e));
-        arrival.put_back(vm);
+        arrival.hold(Held::Waiting(vm));
         arrived?;
+        arrival.heard();
+        arrival.keep();
+        self.land_locked(&arrival, TargetEvent::Arrived).await;
         self.moments
             .reach(Moment::DeviceArrived, &arrival.name)
             .await;
-        Ok(())
-    }
-
-    /// The source has committed: the VM is this host's. Idempotent.
-    pub(super) async fn resume(
-        &self,
-        gang: &LocalGang,
-        index: VmIndex,
-        run: bool,
-    ) -> Result<(), String> {
-        let arrival = gang.arrival(index).ok_or("that VM is not arriving here")?;
-        let _step = arrival.step.lock().await;
-        self.moments
-            .reach(Moment::ResumeReceived, &arrival.name)
-            .await;
-        if matches!(*arrival.stage.borrow(), Stage::Here) {
-            return Ok(());
+        match arrival.state() {
+            Target::Loaded => Ok(()),
+            _ => Err(format!("VM {} was given up", arrival.name)),
         }
-        let plan = gang.spec.vm(index).ok_or("no such VM")?;
-        let vm = arrival.take()?;
-        let record = Record {
-            gang: gang.spec.id,
-            vm: arrival.name.clone(),
-            side: Side::Target,
-            step: Step::Committed,
-            peer: plan.from.clone(),
-        };
-        if let Err(error) = self.journal.write(&record) {
-            arrival.put_back(vm);
-            return Err(error.to_string());
-        }
-        self.moments
-            .reach(Moment::TargetCommitted, &arrival.name)
-            .await;
-        if run && let Err(error) = vm.resume().await {
-            arrival.put_back(vm);
-            return Err(chain(&error));
-        }
-        self.moments
-            .reach(Moment::TargetRunning, &arrival.name)
-            .await;
-        let vmm = vm.keep();
-        *arrival.stage.borrow_mut() = Stage::Here;
-        self.vms.insert(Vm::new(
-            arrival.definition.clone(),
-            Some(arrival.files.clone()),
-            vmm,
-        ));
-        let _gone = std::fs::remove_file(&arrival.socket);
-        if let Err(error) = self.journal.forget(&arrival.name) {
-            tracing::warn!(%error, "journal entry stays");
-        }
-        tracing::info!(vm = %arrival.name, from = %plan.from, run, "VM has arrived");
-        Ok(())
-    }
-
-    /// Ends a half-made VM and removes its files. Nothing happens to one that
-    /// has been resumed.
-    pub(super) async fn abort_arrival(&self, gang: &LocalGang, index: VmIndex, why: &str) {
-        let Some(arrival) = gang.arrival(index) else {
-            return;
-        };
-        let _step = arrival.step.lock().await;
-        if matches!(*arrival.stage.borrow(), Stage::Here | Stage::Gone) {
-            return;
-        }
-        if let Some(side) = &gang.target {
-            side.store.remove_vm(index);
-        }
-        if let Ok(vm) = arrival.take() {
-            vm.abort().await;
-        }
-        *arrival.stage.borrow_mut() = Stage::Gone;
-        if let Err(error) = self.journal.forget(&arrival.name) {
-            tracing::warn!(%error, "journal entry stays");
-        }
-        tracing::warn!(vm = %arrival.name, %why, "half-made VM removed");
     }
 
     /// Carries device state from a source agent to the waiting VMM.
@@ -389,18 +374,56 @@ impl Agent {
 }
 
 impl Arrival {
+    /// A VM that begins to arrive, or that a restarted agent found.
+    pub(super) fn new(
+        from: &str,
+        definition: Definition,
+        files: VmPaths,
+        held: Held,
+        state: Target,
+        care: Care,
+    ) -> Self {
+        let arrival = Arrival {
+            gang: care.gang,
+            name: care.vm.clone(),
+            from: from.to_owned(),
+            ram_bytes: definition.ram_bytes,
+            socket: files.dir.join("state.sock"),
+            definition,
+            files,
+            pages: RefCell::default(),
+            vmm: RefCell::new(held),
+            state: Cell::new(state),
+            run: Cell::new(false),
+            care: Rc::new(care),
+            heard: Cell::new(Instant::now()),
+            journal_took: Cell::default(),
+            minded: Cell::new(false),
+            fenced: Cell::default(),
+            step: tokio::sync::Mutex::new(()),
+        };
+        arrival.enter(state);
+        arrival
+    }
+
     /// For `drover vm list`, while the VM is not here yet.
     pub(super) fn info(&self) -> Option<VmInfo> {
-        let stage = self.stage.borrow();
-        let pid = match &*stage {
-            Stage::Waiting(vm) => vm.vmm().process.pid() as u32,
-            Stage::Busy => 0,
-            Stage::Here | Stage::Gone => return None,
+        let pid = match &*self.vmm.borrow() {
+            Held::Waiting(vm) => vm.vmm().process.pid() as u32,
+            Held::Kept(vmm) => vmm.process.pid() as u32,
+            Held::Nothing => 0,
         };
-        Some(VmInfo {
+        let arriving = matches!(
+            self.state(),
+            Target::Waiting | Target::Loaded | Target::Committing
+        );
+        arriving.then(|| VmInfo {
             name: self.name.clone(),
             kind: "qemu-direct".to_owned(),
-            status: "incoming".to_owned(),
+            status: match self.care.in_doubt() {
+                Some(_) => "in doubt".to_owned(),
+                None => "incoming".to_owned(),
+            },
             ram_bytes: self.ram_bytes,
             pages_scanned: 0,
             dirty_bytes_per_s: None,
@@ -410,31 +433,112 @@ impl Arrival {
         })
     }
 
-    fn take(&self) -> Result<TargetVm, String> {
-        match std::mem::replace(&mut *self.stage.borrow_mut(), Stage::Busy) {
-            Stage::Waiting(vm) => Ok(*vm),
-            other => {
-                let what = match &other {
-                    Stage::Here => "runs here already",
-                    _ => "was given up here",
-                };
-                *self.stage.borrow_mut() = other;
-                Err(format!("VM {} {what}", self.name))
+    pub(super) fn state(&self) -> Target {
+        self.state.get()
+    }
+
+    pub(super) fn enter(&self, state: Target) {
+        self.state.set(state);
+        self.care.enter(words(state));
+        if matches!(state, Target::Here) {
+            self.forget_pages();
+        }
+    }
+
+    /// Its source has spoken.
+    pub(super) fn heard(&self) {
+        self.heard.set(Instant::now());
+    }
+
+    pub(super) fn silent_for(&self) -> Duration {
+        self.heard.get().elapsed()
+    }
+
+    pub(super) fn only_from(&self, from: &str) -> Result<(), String> {
+        match from == self.from {
+            true => Ok(()),
+            false => Err(format!("VM {} does not come here from {from}", self.name)),
+        }
+    }
+
+    /// Whether its VMM has ended.
+    pub(super) fn has_died(&self) -> bool {
+        match &*self.vmm.borrow() {
+            Held::Waiting(vm) => !vm.vmm().process.is_alive(),
+            Held::Kept(vmm) => !vmm.process.is_alive(),
+            Held::Nothing => !has_leftover(&self.files),
+        }
+    }
+
+    /// From now on the VMM lives on without us.
+    pub(super) fn keep(&self) {
+        let held = self.take_held();
+        self.hold(match held {
+            Held::Waiting(vm) => Held::Kept(vm.keep()),
+            other => other,
+        });
+    }
+
+    pub(super) fn kept(&self) -> Option<Vmm> {
+        match &*self.vmm.borrow() {
+            Held::Kept(vmm) => Some(vmm.clone()),
+            _ => None,
+        }
+    }
+
+    pub(super) fn take_held(&self) -> Held {
+        self.vmm.replace(Held::Nothing)
+    }
+
+    pub(super) fn hold(&self, held: Held) {
+        self.vmm.replace(held);
+    }
+
+    fn take_waiting(&self) -> Result<Box<TargetVm>, String> {
+        match (self.state(), self.take_held()) {
+            (Target::Waiting, Held::Waiting(vm)) => Ok(vm),
+            (state, held) => {
+                self.hold(held);
+                Err(format!("VM {} {} there", self.name, words(state)))
             }
         }
     }
 
-    fn put_back(&self, vm: TargetVm) {
-        *self.stage.borrow_mut() = Stage::Waiting(Box::new(vm));
+    /// No page is placed any more.
+    pub(super) fn forget_pages(&self) {
+        if let Some(pages) = self.pages.borrow_mut().take()
+            && self.state() != Target::Here
+        {
+            pages.side.store.remove_vm(pages.index);
+        }
     }
 
-    fn clone_for_check(&self) -> Check {
-        Check {
+    fn check_work(&self) -> Result<(Arc<TargetGang>, Check), String> {
+        let pages = self.pages.borrow();
+        let pages = pages
+            .as_ref()
+            .ok_or_else(|| format!("VM {} was given up here", self.name))?;
+        let work = Check {
             name: self.name.clone(),
-            placed: self.placed.clone(),
-            ram: self.ram.clone(),
-            key: self.key.clone(),
-        }
+            placed: pages.placed.clone(),
+            ram: pages.ram.clone(),
+            key: pages.key.clone(),
+        };
+        Ok((pages.side.clone(), work))
+    }
+}
+
+/// A state in an operator's words.
+fn words(state: Target) -> &'static str {
+    match state {
+        Target::Waiting => "is on its way",
+        Target::Loaded => "has arrived and stands still; its source's word decides",
+        Target::Committing | Target::Starting { .. } => "is being let run",
+        Target::Here => "runs here; its source does not know yet",
+        Target::Lost => "had begun to run, and its VMM has ended",
+        Target::Discarding | Target::Closing(RunsOn::Source) => "is being given up",
+        Target::Over(RunsOn::Source) => "was given up",
+        Target::Closing(_) | Target::Over(_) => "runs here",
     }
 }
 

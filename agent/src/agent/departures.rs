@@ -2,14 +2,19 @@
 
 use super::gangs::LocalGang;
 use super::pacing::LanePacing;
+use super::registry::Vm;
 use super::{Agent, AgentCaller};
 use crate::dedup::claim::ShardMap;
 use crate::dedup::fingerprint::FingerprintKey;
 use crate::dedup::source::SourceDedup;
 use crate::gang::claims::Claims;
 use crate::gang::flight::{Flight, PrecopyRules};
-use crate::gang::handover::{End, Handover, chain};
+use crate::gang::handover::care::Care;
+use crate::gang::handover::leaving::Leaving;
+use crate::gang::handover::{Handover, Live, chain};
+use crate::gang::journal::{Record, Side, Step};
 use crate::gang::message::{Compress, GangSpec, Phase, SourceFacts};
+use crate::gang::moments::Moment;
 use crate::gang::rounds::RoundLimits;
 use crate::gang::scan::Scan;
 use crate::gang::source::SourceGang;
@@ -65,6 +70,8 @@ impl Agent {
         if let Some(gang) = vm.leaving {
             return Err(format!("VM {name} is being moved by gang {gang} already"));
         }
+        self.journal.check().map_err(|e| e.to_string())?;
+        self.settle_landing(name).await?;
         let source = SourceVm::open(vm.vmm.clone())
             .await
             .map_err(|e| chain(&e))?;
@@ -156,14 +163,23 @@ impl Agent {
         if vm.leaving.is_some() {
             return Err(format!("VM {} is being moved already", plan.name));
         }
+        if self.landings.borrow().iter().any(|a| a.name == plan.name) {
+            return Err(format!("VM {} has not landed for good yet", plan.name));
+        }
         self.vms
             .update(&plan.name, |vm| vm.leaving = Some(gang.spec.id));
-        let started = self
-            .launch(gang, &side, index, &plan.name, vm.vmm.clone())
-            .await;
+        let care = Care::new(gang.spec.id, &plan.name, Side::Source, &plan.to, "");
+        let care = Rc::new(care);
+        care.enter("moving");
+        self.cares.borrow_mut().push(care.clone());
+        let started = self.launch(gang, &side, index, vm, care.clone()).await;
         if started.is_err() {
             self.vms.update(&plan.name, |vm| vm.leaving = None);
             side.ended(index, false);
+            self.settled(&care);
+            if let Err(error) = self.journal.forget(&plan.name, gang.spec.id) {
+                tracing::warn!(%error, "journal entry stays");
+            }
         }
         started
     }
@@ -173,31 +189,55 @@ impl Agent {
         gang: &Rc<LocalGang>,
         side: &Arc<SourceGang>,
         index: VmIndex,
-        name: &str,
-        vmm: crate::vmm::launch::Vmm,
+        vm: Vm,
+        care: Rc<Care>,
     ) -> Result<(), String> {
-        let vm = self
-            .vms
-            .get(name)
-            .ok_or_else(|| format!("VM {name} is gone"))?;
-        let target = gang
-            .spec
-            .vm(index)
-            .map(|v| v.to.clone())
-            .unwrap_or_default();
+        let (name, target) = (care.vm.clone(), care.peer.clone());
         self.pacer.announce(Class::Precopy);
-        let source = SourceVm::open(vmm).await.map_err(|e| chain(&e))?;
-        let flight = Flight::new(index, name, &target, source.ram().pages());
+        let source = SourceVm::open(vm.vmm.clone())
+            .await
+            .map_err(|e| chain(&e))?;
+        let flight = Flight::new(index, &name, &target, source.ram().pages());
         let key = Arc::new(FingerprintKey::derive(&self.secret, &vm.definition.domain));
         let stager = side
             .depart(flight.clone(), key.clone())
             .map_err(|e| chain(&e))?;
+        let (commands, orders) = std::sync::mpsc::channel();
+        let (tell, steps) = mpsc::unbounded_channel();
+        let live = {
+            let (agent, side, of) = (self.clone(), side.clone(), flight.clone());
+            let settled = move |arrived| agent.departed(&side, &of, arrived);
+            Live::new(flight.clone(), commands.clone(), Box::new(settled))
+        };
+        let mut leaving = Leaving {
+            caller: Rc::new(AgentCaller(self.clone())),
+            journal: self.journal.clone(),
+            moments: self.moments.clone(),
+            record: Record {
+                gang: gang.spec.id,
+                vm: name.clone(),
+                side: Side::Source,
+                step: Step::Moving,
+                peer: target.clone(),
+                run: false,
+            },
+            vmm: Some(vm.vmm.clone()),
+            files: vm.files.clone(),
+            fence: self.config.fencing.clone(),
+            care: care.clone(),
+            watcher: live.clone(),
+            why: String::new(),
+        };
+        // The guest is stopped for a moment while its RAM is protected: whoever
+        // finds it so is to let it run.
+        let runs = source.is_running().await.map_err(|e| chain(&e))?;
+        leaving.moving(runs).await?;
+        self.moments.reach(Moment::JournalMoving, &name).await;
         let (log, quiesced) = source.start_log().await.map_err(|e| chain(&e))?;
+        leaving.moving(false).await?;
         tracing::info!(vm = %name, %target, stopped_us = quiesced.stopped.as_micros() as u64,
             "RAM is protected, pre-copy begins");
         let pages = DirectSource::new(source.ram().clone(), log);
-        let (commands, orders) = std::sync::mpsc::channel();
-        let (tell, steps) = mpsc::unbounded_channel();
         let scan = Scan::new(
             flight.clone(),
             self.precopy_rules(gang),
@@ -217,48 +257,43 @@ impl Agent {
         };
         gang.departures.borrow_mut().insert(index, departure);
         let handover = Handover {
-            caller: Rc::new(AgentCaller(self.clone())),
+            leaving,
+            live,
             roster: self.roster.clone(),
-            journal: self.journal.clone(),
             spec: gang.spec.clone(),
             flight,
             source,
-            files: vm.files.clone(),
             key,
             socket: self.config.run_dir.join(format!("{name}.out.sock")),
             commands,
             steps,
             turn: wait_for_turn,
             hold: self.config.hold_at_switch.clone(),
-            moments: self.moments.clone(),
         };
-        let (agent, side) = (self.clone(), side.clone());
+        let agent = self.clone();
         tokio::task::spawn_local(async move {
-            let flight = handover.flight.clone();
-            let end = handover.run().await;
-            agent.departed(&side, &flight, &end);
+            handover.run().await;
+            agent.settled(&care);
         });
         Ok(())
     }
 
-    fn departed(&self, side: &SourceGang, flight: &Flight, end: &End) {
-        let arrived = matches!(end, End::Arrived);
+    /// It is clear where a VM is that was to leave.
+    fn departed(&self, side: &SourceGang, flight: &Flight, arrived: bool) {
         let state = flight.snapshot();
-        match end {
-            End::Arrived => {
-                tracing::info!(vm = %flight.name, target = %flight.target,
-                    downtime_ms = state.downtime_ms, "VM has arrived");
-                self.vms.remove(&flight.name);
-            }
-            End::Stayed(_) => self.vms.update(&flight.name, |vm| {
+        if arrived {
+            tracing::info!(vm = %flight.name, target = %flight.target,
+                downtime_ms = state.downtime_ms, journal_ms = state.journal_ms,
+                "VM has arrived");
+            self.vms.remove(&flight.name);
+        } else {
+            self.vms.update(&flight.name, |vm| {
                 vm.leaving = None;
                 vm.pages_scanned +=
                     state.pages.sent + state.pages.reference + state.pages.unchanged;
                 let rate = state.dirty_pages_per_s * crate::types::PAGE_SIZE as f64;
                 vm.dirty_bytes_per_s = Some(rate as u64);
-            }),
-            // Stays marked as leaving: nobody may move or stop it unasked.
-            End::InDoubt(why) => tracing::error!(vm = %flight.name, %why, "VM is in doubt"),
+            });
         }
         side.ended(flight.vm, arrived);
     }

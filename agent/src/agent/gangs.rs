@@ -5,6 +5,8 @@ use super::Agent;
 use super::arrivals::Arrival;
 use super::departures::Departure;
 use crate::dedup::claim::MAX_HOLDERS;
+use crate::gang::handover::machine::{Target, TargetEvent, Whose, whose_unrecorded};
+use crate::gang::journal::Side;
 use crate::gang::message::{GangRequest, GangResponse, GangSpec};
 use crate::gang::plan::MAX_VMS;
 use crate::gang::source::SourceGang;
@@ -20,6 +22,8 @@ use std::time::{Duration, Instant};
 /// A gang of which nothing was heard for this long is given up: half-made
 /// targets are removed, sources that wait for their turn run on.
 const ORPHANED_AFTER: Duration = Duration::from_secs(30);
+/// A coordinator that has been silent for this long may be followed by another.
+const SILENT_AFTER: Duration = Duration::from_secs(2);
 
 /// One gang as this host takes part in it.
 pub(super) struct LocalGang {
@@ -32,6 +36,9 @@ pub(super) struct LocalGang {
     /// as long as the gang is open.
     pub(super) permits: RefCell<Vec<ConnectionPermit>>,
     heard: Cell<Instant>,
+    /// Who drives it now, and when that one spoke last.
+    coordinator: RefCell<String>,
+    coordinator_heard: Cell<Instant>,
 }
 
 impl LocalGang {
@@ -44,6 +51,15 @@ impl LocalGang {
     /// Somebody of the gang has spoken.
     pub(super) fn touch(&self) {
         self.heard.set(Instant::now());
+    }
+
+    /// Whether `host` drives this gang; if so, it has just shown that it lives.
+    fn is_coordinator(&self, host: &str) -> bool {
+        let is = *self.coordinator.borrow() == host;
+        if is {
+            self.coordinator_heard.set(Instant::now());
+        }
+        is
     }
 
     pub(super) fn has_departures(&self) -> bool {
@@ -109,21 +125,21 @@ impl Agent {
             R::CheckTarget { vm, facts } => self.check_target(&vm, &facts).map(done),
             R::Open(spec) => self.open_gang(from, spec).map(done),
             R::PrepareTarget { gang, vm, facts } => {
-                let gang = self.admitted(from, gang, |spec| from == spec.coordinator)?;
+                let gang = self.coordinated(from, gang)?;
                 self.prepare_target(&gang, vm, facts).await.map(done)
             }
             R::StartSource { gang, vm } => {
-                let gang = self.admitted(from, gang, |spec| from == spec.coordinator)?;
+                let gang = self.coordinated(from, gang)?;
                 self.start_source(&gang, vm).await.map(done)
             }
             R::Progress { gang } => {
-                let gang = self.admitted(from, gang, |spec| from == spec.coordinator)?;
+                let gang = self.coordinated(from, gang)?;
                 let departures = gang.departures.borrow();
                 let states = departures.values().map(|d| d.flight.snapshot()).collect();
                 Ok(GangResponse::Progress(states))
             }
             R::Switch { gang, vm } => {
-                let gang = self.admitted(from, gang, |spec| from == spec.coordinator)?;
+                let gang = self.coordinated(from, gang)?;
                 let departures = gang.departures.borrow();
                 let departure = departures
                     .get(&vm)
@@ -133,7 +149,7 @@ impl Agent {
                 Ok(GangResponse::Done)
             }
             R::Cancel { gang, vm } => {
-                let gang = self.admitted(from, gang, |spec| from == spec.coordinator)?;
+                let gang = self.coordinated(from, gang)?;
                 if let Some(departure) = gang.departures.borrow().get(&vm) {
                     departure.cancel();
                 }
@@ -141,7 +157,7 @@ impl Agent {
             }
             R::Close { gang } => {
                 if self.gang(gang).is_ok() {
-                    self.admitted(from, gang, |spec| from == spec.coordinator)?;
+                    self.coordinated(from, gang)?;
                     self.close_gang(gang).await;
                 }
                 Ok(GangResponse::Done)
@@ -167,21 +183,81 @@ impl Agent {
                     .await
                     .map(done)
             }
-            R::Resume { gang, vm, run } => {
-                let gang = self.admitted(from, gang, |spec| is_source(spec, vm, from))?;
-                self.resume(&gang, vm, run).await.map(done)
-            }
+            R::Resume { gang, vm, run } => self.resume(from, gang, &vm, run).await,
+            R::Settled { gang, vm } => self.release(from, gang, &vm).await.map(done),
+            R::WhoseIs { gang, vm } => Ok(GangResponse::Whose(self.whose(gang, &vm))),
             R::Abort { gang, vm, why } => {
-                let Ok(gang) = self.gang(gang) else {
-                    return Ok(GangResponse::Done);
-                };
-                if from != gang.spec.coordinator && !is_source(&gang.spec, vm, from) {
-                    return Err(format!("{from} has no say in VM {} of this gang", vm.0));
-                }
-                self.abort_arrival(&gang, vm, &why).await;
-                Ok(GangResponse::Done)
+                let event = self.may_abort(from, gang, &vm)?;
+                self.abort(gang, &vm, event, &why).await.map(done)
             }
+            R::TakeOver { gang } => self.take_over(from, gang).map(done),
         }
+    }
+
+    /// As what `from` may end a VM that lands here.
+    fn may_abort(&self, from: &str, gang: GangId, vm: &str) -> Result<TargetEvent, String> {
+        if self
+            .landing(gang, vm)
+            .is_none_or(|arrival| arrival.from == from)
+        {
+            return Ok(TargetEvent::Abort);
+        }
+        match self.gang(gang) {
+            Ok(gang) if gang.is_coordinator(from) => Ok(TargetEvent::GiveUp),
+            _ => Err(format!("{from} has no say in VM {vm} of this gang")),
+        }
+    }
+
+    /// Whose a VM is that this host moves, or moved, away.
+    fn whose(&self, gang: GangId, vm: &str) -> Whose {
+        let cares = self.cares.borrow();
+        let care = cares
+            .iter()
+            .find(|c| c.side == Side::Source && c.gang == gang && c.vm == vm);
+        match care {
+            Some(care) => care.whose(),
+            None => whose_unrecorded(self.vms.get(vm).is_some()),
+        }
+    }
+
+    /// Another agent drives a gang from now on, since its coordinator is gone.
+    fn take_over(&self, from: &str, id: GangId) -> Result<(), String> {
+        let gang = self.gang(id)?;
+        if !gang.spec.hosts.iter().any(|host| host.name == from) {
+            return Err(format!("{from} is not in gang {}", gang.spec.name));
+        }
+        let silent = gang.coordinator_heard.get().elapsed();
+        if !gang.is_coordinator(from) {
+            if silent < SILENT_AFTER {
+                return Err(format!(
+                    "{} coordinates gang {} and spoke to {} {} ms ago",
+                    gang.coordinator.borrow(),
+                    gang.spec.name,
+                    self.name(),
+                    silent.as_millis()
+                ));
+            }
+            tracing::warn!(gang = %gang.spec.name, was = %gang.coordinator.borrow(), by = %from,
+                "gang taken over");
+            *gang.coordinator.borrow_mut() = from.to_owned();
+            gang.coordinator_heard.set(Instant::now());
+        }
+        gang.touch();
+        Ok(())
+    }
+
+    /// The gang, if `from` coordinates it.
+    fn coordinated(&self, from: &str, gang: GangId) -> Result<Rc<LocalGang>, String> {
+        let gang = self.gang(gang)?;
+        if !gang.is_coordinator(from) {
+            return Err(format!(
+                "{from} does not coordinate gang {}, {} does",
+                gang.spec.name,
+                gang.coordinator.borrow()
+            ));
+        }
+        gang.touch();
+        Ok(gang)
     }
 
     /// The gang, if `from` may ask this of it.
@@ -253,6 +329,8 @@ impl Agent {
             arrivals: RefCell::default(),
             permits: RefCell::default(),
             heard: Cell::new(Instant::now()),
+            coordinator: RefCell::new(spec.coordinator.clone()),
+            coordinator_heard: Cell::new(Instant::now()),
             spec,
         };
         tracing::info!(gang = %gang.spec.name, id = %gang.spec.id, by = %from, "gang opened");
@@ -267,9 +345,13 @@ impl Agent {
             return;
         };
         gang.cancel_departures();
-        let left: Vec<VmIndex> = gang.arrivals.borrow().keys().copied().collect();
-        for vm in left {
-            self.abort_arrival(&gang, vm, "the gang was closed").await;
+        let arrivals: Vec<_> = gang.arrivals.borrow().values().cloned().collect();
+        for arrival in arrivals {
+            // What has all its state stays, until its source has spoken.
+            if arrival.state() == Target::Waiting {
+                arrival.care.because("the gang was closed");
+            }
+            self.land(&arrival, TargetEvent::GiveUp).await;
         }
         self.data.close_target(id);
         for rack in gang.spec.target_racks() {

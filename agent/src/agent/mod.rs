@@ -4,20 +4,25 @@
 //! agents ([`gangs`]) and drives handovers; [`data`] is what the data threads
 //! answer with. The VMs in its charge are in the [`registry`].
 
+mod adopted;
 mod arrivals;
 mod data;
 mod departures;
 mod gangs;
 mod incoming;
+mod landing;
 mod operator;
 mod pacing;
+mod recovery;
 mod registry;
 mod report;
+mod resolve;
 
 use crate::api::{ApiLimits, ApiServer, ServeError};
 use crate::config::{AgentConfig, ClusterSecret, SecretError};
 use crate::dedup::fingerprint;
 use crate::gang::coordinator::{Caller, Gang};
+use crate::gang::handover::care::Care;
 use crate::gang::handover::chain;
 use crate::gang::journal::{Journal, JournalError};
 use crate::gang::message::{CoreState, GangRequest, GangResponse};
@@ -34,6 +39,8 @@ use crate::pace::pacer::Identity;
 use crate::pace::policy::{Policy, PolicyError, check_meter};
 use crate::pace::{LoadReport, Meter, MeterConfig, Pacer, PolicyWatch};
 use crate::types::GangId;
+use adopted::Adopted;
+use arrivals::Arrival;
 use data::DataPlane;
 use gangs::LocalGang;
 use registry::Registry;
@@ -116,6 +123,12 @@ pub(crate) struct Agent {
     moments: Moments,
     vms: Registry,
     gangs: RefCell<BTreeMap<GangId, Rc<LocalGang>>>,
+    /// VMs that arrive, until their sources know that they are here: longer
+    /// than their gangs are open, and over restarts.
+    landings: RefCell<Vec<Rc<Arrival>>>,
+    /// Handovers that are not settled, and notable ones that are.
+    cares: RefCell<Vec<Rc<Care>>>,
+    settled: RefCell<Vec<Rc<Care>>>,
     /// Gangs this agent coordinates or has coordinated, newest last.
     runs: RefCell<Vec<Rc<Gang<AgentCaller>>>>,
     lanes_before: RefCell<crate::api::types::LaneCounters>,
@@ -137,8 +150,7 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
         let api = ApiServer::bind(&config.api_socket, ApiLimits::default())?;
         let listener = Listener::bind(config.listen, ListenerLimits::default())?;
         let agent = Agent::assemble(config, secret, roster.clone(), policy, journal)?;
-        agent.vms.find_again(&agent.config, &agent.journal).await;
-        agent.report_journal();
+        agent.recover().await;
         let name = &agent.config.name;
         tracing::info!(agent = %name, listen = %agent.config.listen, "agent started");
         let (calls, queue) = mpsc::channel(64);
@@ -177,6 +189,7 @@ impl Agent {
         }
         let resources = |what| move |source| AgentError::Resources { what, source };
         let pacer = start_pacer(&config, &now, meter).map_err(resources("the pacer"))?;
+        let adopted = Adopted::open(&config.state_dir).map_err(resources("adopted VMs"))?;
         let buffers = (config.data_memory as usize / BUF_LEN).max(8);
         let pool = BufferPool::new(buffers).map_err(resources("memory for page data"))?;
         let data = Arc::new(DataPlane::default());
@@ -209,8 +222,11 @@ impl Agent {
             rack,
             peers,
             journal,
-            vms: Registry::default(),
+            vms: Registry::new(adopted),
             gangs: RefCell::default(),
+            landings: RefCell::default(),
+            cares: RefCell::default(),
+            settled: RefCell::default(),
             runs: RefCell::default(),
             lanes_before: RefCell::default(),
             started: Instant::now(),
@@ -225,22 +241,6 @@ impl Agent {
         &self.config.name
     }
 
-    /// What an earlier run of the agent left in the journal is the operator's
-    /// to decide on: nothing here guesses.
-    fn report_journal(&self) {
-        match self.journal.left() {
-            Ok(left) => {
-                for record in left {
-                    tracing::warn!(vm = %record.vm, peer = %record.peer, side = ?record.side,
-                        step = ?record.step,
-                        "an earlier run of this agent ended in the middle of this VM's handover; \
-                         see docs/operations.md");
-                }
-            }
-            Err(error) => tracing::warn!(%error, "journal cannot be read"),
-        }
-    }
-
     /// Policy changes, overdue fetches, gangs whose other side is gone.
     async fn keep_time(self: Rc<Self>) {
         let mut policy_at = Instant::now();
@@ -249,6 +249,7 @@ impl Agent {
             for gang in self.open_gangs() {
                 gang.tick();
             }
+            self.mind_landings();
             if policy_at.elapsed() < POLICY_PACE {
                 continue;
             }
@@ -298,6 +299,19 @@ impl Agent {
         }
     }
 
+    /// Asks another agent.
+    pub(super) async fn ask(
+        &self,
+        host: &str,
+        request: GangRequest,
+        limit: Duration,
+    ) -> Result<GangResponse, String> {
+        let Some(peer) = self.peers.get(host) else {
+            return Err(format!("{host} is not among the peers of {}", self.name()));
+        };
+        peer.call(&request, limit).await.map_err(|e| chain(&e))
+    }
+
     /// Cancels what is under way and closes everything, within a few seconds.
     async fn end(&self) {
         for gang in self.open_gangs() {
@@ -330,13 +344,7 @@ impl Caller for AgentCaller {
                 .await
                 .map_err(|_| format!("{host}: not done within {} s", limit.as_secs()));
         }
-        let Some(peer) = self.0.peers.get(host) else {
-            return Err(format!(
-                "{host} is not among the peers of {}",
-                self.0.name()
-            ));
-        };
-        peer.call(&request, limit).await.map_err(|e| chain(&e))
+        self.0.ask(host, request, limit).await
     }
 }
 

@@ -6,7 +6,7 @@ use crate::api::types::{
     Check, MigrationInfo, MigrationOptions, MigrationRequest, MigrationStarted, StatusInfo, VmInfo,
 };
 use crate::api::{ApiCall, ApiError, ApiResult, ErrorKind};
-use crate::gang::coordinator::{Gang, SwitchRules};
+use crate::gang::coordinator::Gang;
 use crate::gang::message::{GangHost, GangSpec, GangVm, Phase};
 use crate::gang::plan::Plan;
 use crate::pace::ProfileName;
@@ -19,9 +19,6 @@ use tokio::sync::mpsc;
 const DOWNTIME_LIMIT_MS: u64 = 300;
 /// Runs that are kept for `drover status`.
 const RUNS_KEPT: usize = 64;
-/// VMs of one gang in stop-and-copy at once, unless aligned: each has the link
-/// to itself, which keeps each downtime short.
-const SWITCH_AT_ONCE: usize = 1;
 
 /// Answers calls until the API ends. Long ones get a task of their own.
 pub(super) async fn answer(agent: Rc<Agent>, mut calls: mpsc::Receiver<ApiCall>) {
@@ -63,6 +60,10 @@ impl Agent {
             ApiCall::CancelMigration { id, vm, reply } => {
                 drop(reply.send(self.cancel_migration(&id, vm.as_deref())));
             }
+            ApiCall::ResumeGang { id, reply } => drop(reply.send(self.resume_gang(&id).await)),
+            ApiCall::Resolve { request, reply } => {
+                drop(reply.send(self.resolve(&request).await));
+            }
             ApiCall::Metrics { reply } => drop(reply.send(Ok(self.metrics()))),
         }
     }
@@ -82,6 +83,7 @@ impl Agent {
             core: report::core_load(&self.core_state()),
             lanes: self.lane_totals(),
             migrations: self.migrations(),
+            handovers: self.handovers(),
         }
     }
 
@@ -90,14 +92,13 @@ impl Agent {
         for vm in self.vms.all() {
             infos.push(self.vm_info(&vm).await);
         }
-        for gang in self.open_gangs() {
-            infos.extend(gang.arrivals.borrow().values().filter_map(|a| a.info()));
-        }
+        infos.extend(self.landings.borrow().iter().filter_map(|a| a.info()));
         infos
     }
 
     async fn vm_info(&self, vm: &Vm) -> VmInfo {
         let status = match vm.leaving {
+            Some(_) if self.is_in_doubt(&vm.definition.name) => "in doubt".to_owned(),
             Some(_) => "migrating".to_owned(),
             None if !vm.vmm.process.is_alive() => "dead".to_owned(),
             None => match vm.vmm.qmp.status().await {
@@ -141,16 +142,8 @@ impl Agent {
             })?;
         let spec = self.spec(&plan, &request.options)?;
         let (id, dry_run) = (spec.id, request.options.dry_run);
-        let rules = SwitchRules {
-            align: request.options.align,
-            at_once: SWITCH_AT_ONCE,
-        };
-        let gang = Gang::new(
-            Rc::new(AgentCaller(self.clone())),
-            spec,
-            rules,
-            self.moments.clone(),
-        );
+        let caller = Rc::new(AgentCaller(self.clone()));
+        let gang = Gang::new(caller, spec, self.moments.clone());
         if dry_run {
             let state = gang.dry_run().await;
             let checks = state
@@ -171,7 +164,7 @@ impl Agent {
             });
         }
         {
-            let mut runs = self.runs.borrow_mut();
+            let runs = self.runs.borrow();
             let busy = runs.iter().any(|run| {
                 let state = run.snapshot();
                 !state.ended && state.spec.name == plan.gang
@@ -183,10 +176,8 @@ impl Agent {
                     "wait for its end, or cancel it",
                 ));
             }
-            let keep_from = runs.len().saturating_sub(RUNS_KEPT);
-            runs.drain(..keep_from);
-            runs.push(gang.clone());
         }
+        self.keep_run(gang.clone());
         tokio::task::spawn_local(async move {
             gang.run().await;
         });
@@ -195,6 +186,14 @@ impl Agent {
             id: Some(id.to_string()),
             checks: Vec::new(),
         })
+    }
+
+    /// Remembers a run, for operators that ask.
+    pub(super) fn keep_run(&self, gang: Rc<Gang<AgentCaller>>) {
+        let mut runs = self.runs.borrow_mut();
+        let surplus = (runs.len() + 1).saturating_sub(RUNS_KEPT);
+        runs.drain(..surplus);
+        runs.push(gang);
     }
 
     fn spec(&self, plan: &Plan, options: &MigrationOptions) -> ApiResult<GangSpec> {
@@ -244,6 +243,7 @@ impl Agent {
             compress: options.compress,
             verify: options.verify,
             downtime_limit_ms: options.downtime_limit_ms.unwrap_or(DOWNTIME_LIMIT_MS),
+            align: options.align,
         })
     }
 

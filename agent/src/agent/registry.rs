@@ -1,15 +1,15 @@
 //! The VMs in this agent's charge: started, adopted, found again, arrived.
 
+use super::adopted::Adopted;
 use crate::api::{ApiError, ErrorKind};
 use crate::config::AgentConfig;
 use crate::gang::handover::chain;
-use crate::gang::journal::Journal;
 use crate::types::GangId;
 use crate::vmm::definition::{Definition, VmPaths};
 use crate::vmm::launch::{Launched, Role, Vmm, remove_files};
 use crate::vmm::qmp::RunState;
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// One VM.
@@ -27,33 +27,55 @@ pub(super) struct Vm {
     pub(super) dirty_bytes_per_s: Option<u64>,
 }
 
-/// See the module. VMs by name.
-#[derive(Debug, Default)]
-pub(super) struct Registry(RefCell<BTreeMap<String, Vm>>);
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Registry {
+    /// VMs by name.
+    vms: RefCell<BTreeMap<String, Vm>>,
+    adopted: Adopted,
+}
+
+/// What the journal says of VMs that will be found.
+pub(super) struct VmsFound {
+    /// Arriving: they are not this host's yet.
+    pub(super) on_their_way: BTreeSet<String>,
+}
 
 impl Registry {
+    /// An empty one, which remembers adopted VMs.
+    pub(super) fn new(adopted: Adopted) -> Self {
+        Registry {
+            vms: RefCell::default(),
+            adopted,
+        }
+    }
+
     pub(super) fn get(&self, name: &str) -> Option<Vm> {
-        self.0.borrow().get(name).cloned()
+        self.vms.borrow().get(name).cloned()
     }
 
     pub(super) fn all(&self) -> Vec<Vm> {
-        self.0.borrow().values().cloned().collect()
+        self.vms.borrow().values().cloned().collect()
     }
 
     pub(super) fn len(&self) -> usize {
-        self.0.borrow().len()
+        self.vms.borrow().len()
     }
 
     pub(super) fn insert(&self, vm: Vm) {
-        self.0.borrow_mut().insert(vm.definition.name.clone(), vm);
+        self.vms.borrow_mut().insert(vm.definition.name.clone(), vm);
     }
 
     pub(super) fn remove(&self, name: &str) -> Option<Vm> {
-        self.0.borrow_mut().remove(name)
+        let removed = self.vms.borrow_mut().remove(name);
+        if removed.as_ref().is_some_and(|vm| vm.files.is_none()) {
+            self.adopted.forget(name);
+        }
+        removed
     }
 
     pub(super) fn update(&self, name: &str, f: impl FnOnce(&mut Vm)) {
-        if let Some(vm) = self.0.borrow_mut().get_mut(name) {
+        if let Some(vm) = self.vms.borrow_mut().get_mut(name) {
             f(vm);
         }
     }
@@ -93,6 +115,13 @@ impl Registry {
                 "give the QMP socket of a running QEMU that no other client holds",
             )
         })?;
+        if let Err(error) = self.adopted.remember(name, qmp) {
+            return Err(ApiError::new(
+                ErrorKind::Failed,
+                format!("VM {name} cannot be remembered: {error}"),
+                "make the state directory writable and give it space",
+            ));
+        }
         let vm = Vm::new(definition, None, vmm);
         self.insert(vm.clone());
         Ok(vm)
@@ -162,16 +191,26 @@ impl Registry {
     /// not its children. Directories without a live VMM are left alone and
     /// named in the log.
     ///
-    /// A VMM that still waits for device state is the half-made target of a
-    /// move that died with the agent. It is ended: its source commits only
-    /// after all state has arrived, so the VM is the source's.
-    pub(super) async fn find_again(&self, config: &AgentConfig, journal: &Journal) {
-        let Ok(entries) = std::fs::read_dir(&config.run_dir) else {
-            return;
-        };
+    /// A VMM that waits for device state and is not in the journal is the
+    /// half-made target of a move that no source can have committed: it is
+    /// ended.
+    pub(super) async fn find_again(&self, config: &AgentConfig, found: VmsFound) {
+        for vm in self.adopted.all() {
+            match self.adopt(config, &vm.name, &vm.qmp).await {
+                Ok(_) => tracing::info!(vm = %vm.name, "adopted VM found again"),
+                Err(error) => {
+                    tracing::warn!(vm = %vm.name, error = %error.error,
+                        "an adopted VM is not found again; adopt it anew if it still runs");
+                }
+            }
+        }
+        let entries = std::fs::read_dir(&config.run_dir).into_iter().flatten();
         for entry in entries.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             let files = VmPaths::new(&config.run_dir, &config.ram_dir, &name);
+            if found.on_their_way.contains(&name) {
+                continue;
+            }
             let Ok(definition) = Definition::load(&files.definition()) else {
                 continue;
             };
@@ -180,9 +219,6 @@ impl Registry {
                     match vmm.end().await {
                         Ok(()) => {
                             remove_files(&files);
-                            if let Err(error) = journal.forget(&name) {
-                                tracing::warn!(%error, "journal entry stays");
-                            }
                             tracing::warn!(vm = %name, "half-made VM of an earlier run removed");
                         }
                         Err(error) => tracing::error!(vm = %name, error = %chain(&error),

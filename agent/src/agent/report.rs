@@ -59,6 +59,7 @@ fn vm_phase(phase: Phase) -> VmPhase {
         Phase::Arrived => VmPhase::Arrived,
         Phase::Failed => VmPhase::Failed,
         Phase::Cancelled => VmPhase::Cancelled,
+        Phase::InDoubt => VmPhase::InDoubt,
     }
 }
 
@@ -95,9 +96,11 @@ fn vm_report(state: &GangState, vm: &VmState) -> VmReport {
         outcome: match vm.phase {
             Phase::Arrived => VmOutcome::Arrived,
             Phase::Cancelled => VmOutcome::Cancelled,
+            Phase::InDoubt => VmOutcome::InDoubt,
             _ => VmOutcome::Failed,
         },
         downtime_ms: vm.downtime_ms.unwrap_or(0.0),
+        journal_ms: vm.journal_ms.unwrap_or(0.0),
         rounds: vm.round,
         pages: vm.pages,
         verified: vm.verified,

@@ -114,6 +114,20 @@ pub enum ApiCall {
         /// Where the answer goes.
         reply: Reply<()>,
     },
+    /// `POST /v1/gangs/{id}/resume`: take over a gang whose coordinator died.
+    ResumeGang {
+        /// The gang's id or name.
+        id: String,
+        /// Where the answer goes.
+        reply: Reply<MigrationStarted>,
+    },
+    /// `POST /v1/handovers/resolve`: decide where a VM in doubt runs.
+    Resolve {
+        /// The decision.
+        request: Resolve,
+        /// Where the answer goes.
+        reply: Reply<HandoverInfo>,
+    },
     /// `GET /metrics`: Prometheus text format.
     Metrics {
         /// Where the answer goes.

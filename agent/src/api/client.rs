@@ -144,6 +144,17 @@ impl ApiClient {
         self.post(&path, &cancel).await
     }
 
+    /// Has the agent take over a gang whose coordinator died.
+    pub async fn resume_gang(&self, id: &str) -> Result<MigrationStarted, ClientError> {
+        let path = format!("/v1/gangs/{}/resume", escape(id));
+        self.post(&path, &()).await
+    }
+
+    /// Decides where a VM in doubt runs.
+    pub async fn resolve(&self, request: &Resolve) -> Result<HandoverInfo, ClientError> {
+        self.post("/v1/handovers/resolve", request).await
+    }
+
     /// The agent's metrics, Prometheus text.
     pub async fn metrics(&self) -> Result<String, ClientError> {
         let body = self.exchange(Method::GET, "/metrics", Bytes::new()).await?;

@@ -2,7 +2,7 @@
 
 use super::call::{ApiCall, ApiError, ApiResult, ErrorKind, Reply};
 use super::server::ApiLimits;
-use super::types::{AdoptVm, Cancel, ErrorBody, MigrationRequest, RunVm};
+use super::types::{AdoptVm, Cancel, ErrorBody, MigrationRequest, Resolve, RunVm};
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
@@ -34,6 +34,8 @@ pub(super) fn router(calls: mpsc::Sender<ApiCall>, limits: ApiLimits) -> Router 
         .route("/v1/migrations", get(list_migrations).post(migrate))
         .route("/v1/migrations/{id}", get(migration))
         .route("/v1/migrations/{id}/cancel", post(cancel))
+        .route("/v1/gangs/{id}/resume", post(resume_gang))
+        .route("/v1/handovers/resolve", post(resolve))
         .route("/metrics", get(metrics))
         .fallback(no_route)
         .method_not_allowed_fallback(wrong_method)
@@ -106,6 +108,20 @@ async fn cancel(State(agent): State<Agent>, Path(id): Path<String>, body: Body) 
         reply,
     };
     json(agent.ask(agent.limits.quick, call).await)
+}
+
+async fn resume_gang(State(agent): State<Agent>, Path(id): Path<String>) -> Response {
+    let call = |reply| ApiCall::ResumeGang { id, reply };
+    json(agent.ask(agent.limits.slow, call).await)
+}
+
+async fn resolve(State(agent): State<Agent>, body: Body) -> Response {
+    let request: Resolve = match parse(body) {
+        Ok(request) => request,
+        Err(error) => return refuse(error),
+    };
+    let call = |reply| ApiCall::Resolve { request, reply };
+    json(agent.ask(agent.limits.slow, call).await)
 }
 
 async fn metrics(State(agent): State<Agent>) -> Response {

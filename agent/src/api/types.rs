@@ -147,12 +147,18 @@ pub enum VmPhase {
     Failed,
     /// Cancelled; it runs on the source.
     Cancelled,
+    /// Handed over, and the target does not confirm that it runs; see `error`
+    /// and `drover status` of the source.
+    InDoubt,
 }
 
 impl VmPhase {
     /// Whether nothing more will happen to the VM in this migration.
     pub fn is_final(self) -> bool {
-        matches!(self, Self::Arrived | Self::Failed | Self::Cancelled)
+        matches!(
+            self,
+            Self::Arrived | Self::Failed | Self::Cancelled | Self::InDoubt
+        )
     }
 
     /// The JSON name.
@@ -167,6 +173,7 @@ impl VmPhase {
             Self::Arrived => "arrived",
             Self::Failed => "failed",
             Self::Cancelled => "cancelled",
+            Self::InDoubt => "in-doubt",
         }
     }
 }
@@ -272,7 +279,7 @@ pub enum Outcome {
 
 /// How one VM's migration ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum VmOutcome {
     /// It runs on the target.
     Arrived,
@@ -280,6 +287,9 @@ pub enum VmOutcome {
     Failed,
     /// It runs on the source, as wished.
     Cancelled,
+    /// It was handed over, and the target has not confirmed that it runs: the
+    /// source's `drover status` shows what became of it, or what to do.
+    InDoubt,
 }
 
 /// Report of a finished migration: what `drover migrate --json` prints.
@@ -315,6 +325,10 @@ pub struct VmReport {
     pub outcome: VmOutcome,
     /// How long the guest stood still, ms; 0 if it was never stopped.
     pub downtime_ms: f64,
+    /// How much of that went by until both sides' journals had made the
+    /// handover durable, ms.
+    #[serde(default)]
+    pub journal_ms: f64,
     /// Rounds, the stop-and-copy round included.
     pub rounds: u32,
     /// What became of its pages.
@@ -358,6 +372,45 @@ pub struct StatusInfo {
     pub lanes: LaneCounters,
     /// Migrations this agent coordinates or takes part in, newest first.
     pub migrations: Vec<GangProgress>,
+    /// Handovers under way here, those in doubt among them; then what a
+    /// restarted agent found and settled.
+    #[serde(default)]
+    pub handovers: Vec<HandoverInfo>,
+}
+
+/// One side of a VM's handover.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandoverInfo {
+    /// The VM.
+    pub vm: String,
+    /// Id of the gang.
+    pub gang: String,
+    /// `source` or `target`: which end this agent is.
+    pub side: String,
+    /// The agent at the other end.
+    pub peer: String,
+    /// Where it stands, or how it ended.
+    pub state: String,
+    /// Why; empty while there is nothing to tell.
+    pub why: String,
+    /// Whether it is over.
+    pub settled: bool,
+    /// If the other side's word is missing: what is not known.
+    pub in_doubt: Option<String>,
+    /// Then: what to do, for each case.
+    pub remedies: Vec<String>,
+    /// How long this agent has had it in hand, ms.
+    pub age_ms: u64,
+}
+
+/// `POST /v1/handovers/resolve`: where a VM in doubt is to run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resolve {
+    /// The VM.
+    pub vm: String,
+    /// Source or target host of its move.
+    pub runs_on: String,
 }
 
 /// Another agent, as seen from this one.
@@ -405,6 +458,7 @@ mod tests {
                 to: "b".into(),
                 outcome: VmOutcome::Arrived,
                 downtime_ms: 1.5,
+                journal_ms: 0.5,
                 rounds: 2,
                 pages: PageCounts::default(),
                 verified: true,
@@ -419,7 +473,7 @@ mod tests {
                 "gang": "web", "id": "00", "outcome": "partial", "total_ms": 5, "core_bytes": 6,
                 "vms": [{
                     "name": "v", "from": "a", "to": "b", "outcome": "arrived",
-                    "downtime_ms": 1.5, "rounds": 2, "verified": true,
+                    "downtime_ms": 1.5, "journal_ms": 0.5, "rounds": 2, "verified": true,
                     "pages": {"total": 0, "zero": 0, "sent": 0, "compressed": 0,
                               "reference": 0, "unchanged": 0, "resent": 0},
                 }],

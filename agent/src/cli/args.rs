@@ -63,6 +63,12 @@ pub enum Command {
         #[arg(long, value_name = "NAME")]
         vm: Option<String>,
     },
+    /// Take over a gang, or decide where a VM in doubt runs.
+    Gang {
+        /// What to do.
+        #[command(subcommand)]
+        command: GangCommand,
+    },
     /// Check configurations.
     Config {
         /// What to do.
@@ -115,6 +121,30 @@ pub enum VmCommand {
     Stop {
         /// Name of the VM.
         name: String,
+    },
+}
+
+/// `drover gang`
+#[derive(Debug, Subcommand)]
+pub enum GangCommand {
+    /// Take over a gang whose coordinator has died; at the agent of any of its
+    /// hosts. Waits until its VMs have arrived.
+    Resume {
+        /// The gang's name, or the id of the run.
+        gang: String,
+        /// Print one JSON object at the end, nothing else on standard output.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Decide where a VM in doubt runs. Look at both hosts first: if it runs on
+    /// the other one, this would make it run twice.
+    Resolve {
+        /// The VM.
+        #[arg(long, value_name = "NAME")]
+        vm: String,
+        /// Its source or its target host.
+        #[arg(long, value_name = "HOST")]
+        runs_on: String,
     },
 }
 

@@ -59,12 +59,40 @@ pub(super) async fn run(socket: &Path, args: Migrate) -> Result<ExitCode, CliErr
         return dry_run(&started, args.json);
     };
     let report = follow(&client, &mut interrupts, &id, &started.gang).await?;
-    if args.json {
-        print_json(&report)?;
+    tell(&report, args.json)
+}
+
+fn tell(report: &GangReport, json: bool) -> Result<ExitCode, CliError> {
+    if json {
+        print_json(report)?;
     } else {
-        print!("{}", render::report(&report));
+        print!("{}", render::report(report));
     }
     Ok(exit_code(report.outcome))
+}
+
+/// `drover gang resume`
+pub(super) async fn resume(socket: &Path, gang: &str, json: bool) -> Result<ExitCode, CliError> {
+    let client = ApiClient::new(socket);
+    let mut interrupts = signal(SignalKind::interrupt())
+        .map_err(|e| CliError::failed(format!("cannot wait for Ctrl-C: {e}"), ""))?;
+    let started = client.resume_gang(gang).await?;
+    let id = started.id.as_deref().unwrap_or(gang);
+    let report = follow(&client, &mut interrupts, id, &started.gang).await?;
+    tell(&report, json)
+}
+
+/// `drover gang resolve`
+pub(super) async fn resolve(
+    socket: &Path,
+    vm: String,
+    runs_on: String,
+) -> Result<ExitCode, CliError> {
+    let decided = ApiClient::new(socket)
+        .resolve(&Resolve { vm, runs_on })
+        .await?;
+    println!("{}: {}", decided.vm, decided.why);
+    Ok(ExitCode::Ok)
 }
 
 fn exit_code(outcome: Outcome) -> ExitCode {

@@ -10,7 +10,9 @@ mod vms;
 
 pub use error::{CliError, ExitCode};
 
-use args::{BenchCommand, Cli, Command, ConfigCommand, PolicyCommand, SecretCommand, VmCommand};
+use args::{
+    BenchCommand, Cli, Command, ConfigCommand, GangCommand, PolicyCommand, SecretCommand, VmCommand,
+};
 use clap::Parser;
 
 /// Runs the command line; returns the process's exit code.
@@ -41,6 +43,14 @@ fn run(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Migrate(migrate) => on_runtime(migrate::run(&socket, migrate)),
         Command::Status { json } => on_runtime(vms::status(&socket, json)),
         Command::Cancel { gang, vm } => on_runtime(migrate::cancel(&socket, &gang, vm.as_deref())),
+        Command::Gang { command } => on_runtime(async {
+            match command {
+                GangCommand::Resume { gang, json } => migrate::resume(&socket, &gang, json).await,
+                GangCommand::Resolve { vm, runs_on } => {
+                    migrate::resolve(&socket, vm, runs_on).await
+                }
+            }
+        }),
         Command::Config {
             command: ConfigCommand::Check { file, file_only },
         } => check::config(&file, file_only),

@@ -67,6 +67,10 @@ pub fn vm_line(vm: &VmProgress) -> String {
             let why = vm.error.as_deref().unwrap_or("no reason given");
             format!("runs on at {}: {why}", vm.from)
         }
+        VmPhase::InDoubt => {
+            let why = vm.error.as_deref().unwrap_or("no reason given");
+            format!("between {} and {}: {why}", vm.from, vm.to)
+        }
         VmPhase::Waiting | VmPhase::Preparing => format!("{} → {}", vm.from, vm.to),
         _ => {
             let total = vm.total_bytes.max(1);
@@ -175,6 +179,11 @@ pub fn report(report: &GangReport) -> String {
         duration(report.total_ms),
         bytes(report.core_bytes),
     );
+    let journal = report.vms.iter().map(|vm| vm.journal_ms);
+    let journal = journal.fold(0.0, f64::max);
+    if journal > 0.0 {
+        let _ = writeln!(text, "journals: at most {journal:.1} ms of a VM's stop");
+    }
     for vm in &report.vms {
         if let Some(error) = &vm.error {
             let _ = writeln!(text, "{}: {error}", vm.name);
@@ -191,6 +200,7 @@ fn outcome(outcome: VmOutcome) -> &'static str {
         VmOutcome::Arrived => "arrived",
         VmOutcome::Failed => "failed",
         VmOutcome::Cancelled => "cancelled",
+        VmOutcome::InDoubt => "in doubt",
     }
 }
 
@@ -270,6 +280,9 @@ pub fn status(status: &StatusInfo) -> String {
         }
         let _ = write!(text, "\n{}", lines(&table));
     }
+    for handover in &status.handovers {
+        text.push_str(&self::handover(handover));
+    }
     for progress in &status.migrations {
         let _ = writeln!(text, "\n{}\nrun {}", gang_line(progress), progress.id);
         if progress.phase != GangPhase::Done {
@@ -278,6 +291,27 @@ pub fn status(status: &StatusInfo) -> String {
         for vm in &progress.vms {
             let _ = writeln!(text, "{}", vm_line(vm));
         }
+    }
+    text
+}
+
+fn handover(handover: &HandoverInfo) -> String {
+    let way = match handover.side.as_str() {
+        "source" => "to",
+        _ => "from",
+    };
+    let mut text = format!(
+        "\nhandover of {} {way} {} (gang {}): {}\n",
+        handover.vm, handover.peer, handover.gang, handover.state
+    );
+    if !handover.why.is_empty() {
+        let _ = writeln!(text, "    {}", handover.why);
+    }
+    if let Some(doubt) = &handover.in_doubt {
+        let _ = writeln!(text, "    IN DOUBT: {doubt}");
+    }
+    for remedy in &handover.remedies {
+        let _ = writeln!(text, "    {remedy}");
     }
     text
 }

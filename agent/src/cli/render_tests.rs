@@ -97,6 +97,7 @@ fn a_report() {
         to: "b1".to_owned(),
         outcome,
         downtime_ms: 87.4,
+        journal_ms: 0.0,
         rounds: 4,
         pages: PageCounts {
             sent: 10,
@@ -191,6 +192,18 @@ fn the_status() {
             reopened: 1,
         },
         migrations: vec![progress()],
+        handovers: vec![HandoverInfo {
+            vm: "web3".to_owned(),
+            gang: "00000000000000ab".to_owned(),
+            side: "source".to_owned(),
+            peer: "b1".to_owned(),
+            state: "committed".to_owned(),
+            why: "found by a restarted agent".to_owned(),
+            settled: false,
+            in_doubt: Some("b1 cannot be asked".to_owned()),
+            remedies: vec!["if it runs on b1: drover gang resolve …".to_owned()],
+            age_ms: 5,
+        }],
     });
     fits(&text);
     assert_eq!(
@@ -203,6 +216,11 @@ fn the_status() {
          peer  rack  address         state\n\
          b1    B     10.2.0.11:7400  connected\n\
          b2    B     10.2.0.11:7400  connection refused; is the …\n\
+         \n\
+         handover of web3 to b1 (gang 00000000000000ab): committed\n    \
+         found by a restarted agent\n    \
+         IN DOUBT: b1 cannot be asked\n    \
+         if it runs on b1: drover gang resolve …\n\
          \n\
          12.3 s web: 1 precopy, 1 waiting; left 176.0 MiB; core 358 Mbit/s\n\
          run 00000000000000ab\n\

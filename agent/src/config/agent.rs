@@ -6,6 +6,7 @@ use super::{ByteSize, IpPrefix};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Everything an agent is told by its operator. Paths are absolute: relative
 /// ones in the file count from the file's directory.
@@ -47,6 +48,8 @@ pub struct AgentConfig {
     pub placeholders: BTreeMap<String, String>,
     /// Cap of the memory that holds page data in flight, bytes.
     pub data_memory: u64,
+    /// How to prove that another host is down, when a VM is in doubt.
+    pub fencing: Option<FencingConfig>,
     /// `[debug] hold_at_switch`: before a VM is committed, its source agent
     /// writes `NAME.ready` here with the paths of both RAM files, and waits (at
     /// most 30 s) for `NAME.go`. For tests that compare guest RAM at the switch.
@@ -67,6 +70,16 @@ pub struct PeerConfig {
     pub address: SocketAddr,
     /// Addresses it may connect from besides that of `address`.
     pub source_addresses: Vec<IpAddr>,
+}
+
+/// `[fencing]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FencingConfig {
+    /// Program and arguments; the host to be fenced and the VM in doubt are
+    /// added as two more. It succeeds only if that host is down.
+    pub command: Vec<String>,
+    /// How long it may take.
+    pub limit: Duration,
 }
 
 /// How the agent logs, to standard error.
@@ -150,6 +163,7 @@ pub(super) struct Draft {
     pub(super) qemu_binaries: Option<Vec<PathBuf>>,
     pub(super) placeholders: BTreeMap<String, String>,
     pub(super) data_memory: Option<ByteSize>,
+    pub(super) fencing: Option<FencingConfig>,
     pub(super) hold_at_switch: Option<PathBuf>,
     pub(super) moments: Option<PathBuf>,
 }
@@ -188,6 +202,7 @@ fn read(file: &Path, root: &Section<'_, '_>) -> Draft {
         qemu_binaries: Some(root.or("qemu_binaries", Vec::new())),
         placeholders: check::placeholders(root),
         data_memory: Some(root.or("data_memory", ByteSize(64 << 20))),
+        fencing: check::fencing(root),
         hold_at_switch,
         moments,
     }
@@ -214,6 +229,7 @@ impl Draft {
             qemu_binaries: self.qemu_binaries?,
             placeholders: self.placeholders,
             data_memory: self.data_memory?.0,
+            fencing: self.fencing,
             hold_at_switch: self.hold_at_switch,
             moments: self.moments,
             name,

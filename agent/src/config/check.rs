@@ -1,12 +1,13 @@
 //! The checks behind `agent.toml`: first what the file alone can tell, then
 //! what this host must have.
 
-use super::agent::{Draft, LogConfig, LogFormat, PeerConfig};
+use super::agent::{Draft, FencingConfig, LogConfig, LogFormat, PeerConfig};
 use super::document::{Section, closest};
 use super::{ByteSize, ClusterSecret, NAME_RULE, is_name};
 use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Least and most `data_memory`, bytes.
 const DATA_MEMORY: std::ops::RangeInclusive<u64> = (32 << 20)..=(64 << 30);
@@ -275,6 +276,40 @@ pub(super) fn placeholders(root: &Section<'_, '_>) -> BTreeMap<String, String> {
         placeholders.insert(key, value);
     }
     placeholders
+}
+
+/// `[fencing]`: the command that proves a host down.
+pub(super) fn fencing(root: &Section<'_, '_>) -> Option<FencingConfig> {
+    let section = root.section("fencing")?;
+    let command: Option<Vec<String>> = section.required(
+        "command",
+        "add command = [\"/usr/local/sbin/fence\"]: a program, and its arguments, that succeeds \
+         only if the host it is given is down",
+    );
+    let limit_s: u64 = section.or("limit_s", 60);
+    if limit_s == 0 || limit_s > 600 {
+        section.complain(
+            "limit_s",
+            format!("{limit_s} s is no limit"),
+            "use 1 to 600 seconds",
+        );
+    }
+    let command = command?;
+    if command
+        .first()
+        .is_none_or(|program| !Path::new(program).is_absolute())
+    {
+        section.complain(
+            "command",
+            "does not begin with an absolute path",
+            "name the program by its full path",
+        );
+    }
+    section.finish();
+    Some(FencingConfig {
+        command,
+        limit: Duration::from_secs(limit_s),
+    })
 }
 
 /// `[debug]`, for tests: `hold_at_switch` and `moments`.

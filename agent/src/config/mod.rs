@@ -8,7 +8,7 @@ pub mod secret;
 mod units;
 mod value;
 
-pub use agent::{AgentConfig, Checks, LogConfig, LogFormat, PeerConfig};
+pub use agent::{AgentConfig, Checks, FencingConfig, LogConfig, LogFormat, PeerConfig};
 pub use document::{Problem, Problems};
 pub use secret::{ClusterSecret, SecretError};
 pub use units::{ByteSize, IpPrefix, PrefixError, SizeError};

@@ -5,9 +5,13 @@
 //! Each VM's handover is between its source and its target agent alone, so
 //! nothing that the coordinator does or fails to do can make a VM run twice.
 //!
+//! A coordinator that dies can be followed by any agent of the gang, which
+//! takes up what the sources tell of their VMs ([`Gang::take_over`]).
+//!
 //! A VM that fails at any step fails alone: its target is told to clean up,
 //! its source lets it run on, and the rest of the gang goes on.
 
+use super::handover::machine::Whose;
 use super::message::{
     CoreState, GangRequest, GangResponse, GangSpec, GangVm, Phase, SourceFacts, VmState,
 };
@@ -40,15 +44,13 @@ pub trait Caller: 'static {
     ) -> impl Future<Output = Result<GangResponse, String>>;
 }
 
-/// How the operator wants the gang to be switched over.
-#[derive(Debug, Clone, Copy)]
-pub struct SwitchRules {
-    /// Switch every VM at the same time, once all are ready.
-    pub align: bool,
-    /// VMs in stop-and-copy at once, when not aligned. Few keep each
-    /// downtime short, since the link is not shared.
-    pub at_once: usize,
-}
+/// VMs of one gang in stop-and-copy at once, unless aligned: each has the link
+/// to itself, which keeps each downtime short.
+const SWITCH_AT_ONCE: usize = 1;
+/// How long the fate of a VM is asked for whose source agent was lost.
+const FATE_LIMIT: Duration = Duration::from_secs(10);
+/// How often.
+const FATE_POLL: Duration = Duration::from_millis(100);
 
 /// What is known of a gang while it moves, and its result at the end.
 #[derive(Debug, Clone)]
@@ -71,7 +73,6 @@ pub struct GangState {
 /// One gang under way, owned by the coordinator's control thread.
 pub struct Gang<C> {
     caller: Rc<C>,
-    rules: SwitchRules,
     moments: Moments,
     state: RefCell<GangState>,
     cancel: RefCell<BTreeSet<VmIndex>>,
@@ -86,13 +87,12 @@ pub struct Gang<C> {
 
 impl<C: Caller> Gang<C> {
     /// A gang that has not started yet.
-    pub fn new(caller: Rc<C>, spec: GangSpec, rules: SwitchRules, moments: Moments) -> Rc<Self> {
+    pub fn new(caller: Rc<C>, spec: GangSpec, moments: Moments) -> Rc<Self> {
         let vms = (0..spec.vms.len())
             .map(|i| VmState::new(VmIndex(i as u16)))
             .collect();
         Rc::new(Gang {
             caller,
-            rules,
             moments,
             state: RefCell::new(GangState {
                 spec,
@@ -149,7 +149,12 @@ impl<C: Caller> Gang<C> {
         self.start_all(facts).await;
         self.moments.reach_gang(Moment::Started).await;
         self.drive().await;
-        // Every VM is where it stays; what follows is tidying up.
+        self.end_gang().await
+    }
+
+    /// Every VM is where it stays; what follows is tidying up.
+    async fn end_gang(self: &Rc<Self>) -> GangState {
+        self.ask_fates().await;
         self.stop_clock();
         let after = self.core_bytes().await;
         self.state.borrow_mut().core_bytes = after.saturating_sub(self.core_before.get());
@@ -157,6 +162,37 @@ impl<C: Caller> Gang<C> {
         self.close_all().await;
         self.finish();
         self.snapshot()
+    }
+
+    /// Follows a coordinator that has died, at the agent of any of the gang's
+    /// hosts. An error: it may not, and nothing has been done.
+    pub async fn take_over(self: &Rc<Self>) -> Result<(), String> {
+        let spec = self.spec();
+        let mut refused = Vec::new();
+        for host in &spec.hosts {
+            let request = GangRequest::TakeOver { gang: spec.id };
+            match self.caller.call(&host.name, request, LOST_AFTER).await {
+                Ok(GangResponse::Done) => {}
+                Ok(other) => refused.push(unexpected(&host.name, other)),
+                // One that is lost is dealt with like any that gets lost later.
+                Err(why) => tracing::warn!(%why, "taking over a gang without this agent"),
+            }
+        }
+        match refused.is_empty() {
+            true => Ok(()),
+            false => Err(refused.join("; ")),
+        }
+    }
+
+    /// Runs a gang that was taken over to its end: VMs on their way are driven
+    /// on, those that had not begun begin.
+    pub async fn run_on(self: &Rc<Self>) -> GangState {
+        self.poll().await;
+        let facts = self.check_all().await;
+        self.start_all(facts).await;
+        self.moments.reach_gang(Moment::Started).await;
+        self.drive().await;
+        self.end_gang().await
     }
 
     fn stop_clock(&self) {
@@ -178,6 +214,10 @@ impl<C: Caller> Gang<C> {
             .collect()
     }
 
+    fn phase(&self, vm: VmIndex) -> Phase {
+        self.state.borrow().vms[vm.0 as usize].phase
+    }
+
     fn spec(&self) -> GangSpec {
         self.state.borrow().spec.clone()
     }
@@ -193,8 +233,8 @@ impl<C: Caller> Gang<C> {
         }
     }
 
-    /// Runs one step for every VM that is still in the game, all at once; a
-    /// VM whose step fails leaves the game.
+    /// Runs one step for every VM that waits to be started, all at once; a VM
+    /// whose step fails leaves the game.
     async fn each<T: 'static, F>(
         self: &Rc<Self>,
         step: impl Fn(Rc<C>, VmIndex, GangVm) -> F,
@@ -204,6 +244,9 @@ impl<C: Caller> Gang<C> {
     {
         let mut tasks = JoinSet::new();
         for (vm, plan) in self.live() {
+            if self.phase(vm) != Phase::Preparing {
+                continue;
+            }
             if self.cancel.borrow().contains(&vm) {
                 self.state.borrow_mut().vms[vm.0 as usize].phase = Phase::Cancelled;
                 continue;
@@ -334,7 +377,7 @@ impl<C: Caller> Gang<C> {
         let waiting = live
             .iter()
             .filter(|v| v.phase == Phase::Ready && !granted.contains(&v.vm));
-        if self.rules.align {
+        if state.spec.align {
             let all_ready = live.iter().all(|v| v.phase == Phase::Ready);
             return if all_ready {
                 waiting.map(|v| v.vm).collect()
@@ -344,7 +387,7 @@ impl<C: Caller> Gang<C> {
         }
         let switching = live.iter().filter(|v| granted.contains(&v.vm)).count();
         waiting
-            .take(self.rules.at_once.saturating_sub(switching))
+            .take(SWITCH_AT_ONCE.saturating_sub(switching))
             .map(|v| v.vm)
             .collect()
     }
@@ -412,6 +455,46 @@ impl<C: Caller> Gang<C> {
         }
     }
 
+    /// A source agent that was lost decides alone, and so does the one that is
+    /// started in its place: what it has decided is asked for a while, so that
+    /// the gang's report can tell.
+    async fn ask_fates(&self) {
+        let spec = self.spec();
+        let until = Instant::now() + FATE_LIMIT;
+        let unsettled = self.out_of_sight.borrow().clone();
+        for vm in unsettled {
+            let plan = &spec.vms[vm.0 as usize];
+            while Instant::now() < until {
+                let request = GangRequest::WhoseIs {
+                    gang: spec.id,
+                    vm: plan.name.clone(),
+                };
+                let answer = self.caller.call(&plan.from, request, LOST_AFTER).await;
+                let (phase, error) = match answer {
+                    Ok(GangResponse::Whose(Whose::Mine)) => {
+                        let why = format!(
+                            "source agent {} was lost on the way; found again, it has let VM {} \
+                             run on there",
+                            plan.from, plan.name
+                        );
+                        (Phase::Failed, Some(why))
+                    }
+                    // Handed over, ended and forgotten.
+                    Ok(GangResponse::Whose(Whose::Unknown)) => (Phase::Arrived, None),
+                    _ => {
+                        tokio::time::sleep(FATE_POLL).await;
+                        continue;
+                    }
+                };
+                let mut state = self.state.borrow_mut();
+                let slot = &mut state.vms[vm.0 as usize];
+                (slot.phase, slot.error) = (phase, error);
+                self.out_of_sight.borrow_mut().remove(&vm);
+                break;
+            }
+        }
+    }
+
     /// Migration bytes on the core link, both directions, as the agents of the
     /// source racks count them: every byte of the gang passes one of them.
     async fn core_bytes(&self) -> u64 {
@@ -438,13 +521,16 @@ impl<C: Caller> Gang<C> {
             (state.spec.clone(), state.vms.clone())
         };
         let out_of_sight = self.out_of_sight.borrow().clone();
-        let stayed = |v: &&VmState| v.phase != Phase::Arrived && !out_of_sight.contains(&v.vm);
+        // A target that has all of a VM listens to the VM's source alone.
+        let stayed = |v: &&VmState| {
+            !matches!(v.phase, Phase::Arrived | Phase::InDoubt) && !out_of_sight.contains(&v.vm)
+        };
         for vm in vms.iter().filter(stayed) {
-            let to = &spec.vms[vm.vm.0 as usize].to;
+            let GangVm { name, to, .. } = &spec.vms[vm.vm.0 as usize];
             let why = vm.error.clone().unwrap_or_else(|| "cancelled".into());
             let request = GangRequest::Abort {
                 gang: spec.id,
-                vm: vm.vm,
+                vm: name.clone(),
                 why,
             };
             if let Err(why) = self.caller.call(to, request, CHECK_LIMIT).await {

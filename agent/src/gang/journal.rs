@@ -3,8 +3,10 @@
 //!
 //! Whoever reads the state directory after a crash can tell from it alone
 //! which side owns a VM: a source that has written `committed` must never run
-//! its copy again, and one that has not must never let the target run.
+//! its copy again, and one that has not must never let the target run. What
+//! follows from a record is in [`super::handover::machine`].
 
+use crate::config::is_name;
 use crate::types::GangId;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
@@ -22,13 +24,16 @@ pub enum Side {
 }
 
 /// How far the handover of one VM has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Step {
-    /// The VM belongs to the source. Either side may give up.
+    /// The VM belongs to the source.
     Moving,
     /// The point of no return has been passed: the VM belongs to the target.
     Committed,
+    /// Of a source: the VM has stayed, and its guest needs nothing more; only
+    /// the target may not know yet.
+    Returned,
 }
 
 /// One record.
@@ -44,6 +49,10 @@ pub struct Record {
     pub step: Step,
     /// The agent at the other end.
     pub peer: String,
+    /// Of a source that moves a VM: whether the guest, found stopped, is to be
+    /// let run again, since it was the agent that stopped it. Of a commitment:
+    /// whether the guest is to run at the target.
+    pub run: bool,
 }
 
 /// Why a record could not be written or read.
@@ -54,8 +63,17 @@ pub struct Record {
 )]
 pub struct JournalError {
     path: PathBuf,
+    replaced: bool,
     #[source]
     source: io::Error,
+}
+
+impl JournalError {
+    /// Whether a record that could not be written may be on the disk all the
+    /// same: it took its place, but its directory was not flushed.
+    pub fn may_be_written(&self) -> bool {
+        self.replaced
+    }
 }
 
 /// The journal of one agent, a directory below its state directory.
@@ -68,69 +86,102 @@ impl Journal {
     /// Opens (and makes) `state_dir/handover`.
     pub fn open(state_dir: &Path) -> Result<Self, JournalError> {
         let dir = state_dir.join("handover");
-        fs::create_dir_all(&dir).map_err(|source| JournalError {
-            path: dir.clone(),
-            source,
-        })?;
+        fs::create_dir_all(&dir).map_err(|e| fail(&dir)(e))?;
         Ok(Journal { dir })
     }
 
-    fn path(&self, vm: &str) -> PathBuf {
-        self.dir.join(format!("{vm}.json"))
+    /// Every gang has a record of its own, so that one which waits for the
+    /// other side to hear of it is in no later gang's way.
+    fn path(&self, vm: &str, gang: GangId) -> PathBuf {
+        self.dir.join(format!("{vm}.{gang}.json"))
+    }
+
+    /// Whether a record can be written now. Asked before a gang starts: no VM
+    /// is touched on a host whose journal is full or read-only.
+    pub fn check(&self) -> Result<(), JournalError> {
+        let path = self.dir.join("check.tmp");
+        let put = || -> io::Result<()> {
+            let mut file = File::create(&path)?;
+            // As much as the longest record, in case the file system is nearly full.
+            file.write_all(&[b' '; 1024])?;
+            file.sync_all()?;
+            fs::remove_file(&path)
+        };
+        put().map_err(fail(&path))
     }
 
     /// Makes `record` durable. Returns only after it and its directory entry
     /// have reached the disk.
     pub fn write(&self, record: &Record) -> Result<(), JournalError> {
-        let path = self.path(&record.vm);
-        let put = || -> io::Result<()> {
+        let path = self.path(&record.vm, record.gang);
+        let mut replaced = false;
+        let put = |replaced: &mut bool| -> io::Result<()> {
             let tmp = path.with_extension("tmp");
             let mut file = File::create(&tmp)?;
             serde_json::to_writer(&mut file, record)?;
             file.write_all(b"\n")?;
             file.sync_all()?;
+            // From here on nobody knows which of the two is on the disk.
+            *replaced = true;
             fs::rename(&tmp, &path)?;
-            File::open(&self.dir)?.sync_all()
+            self.sync()
         };
-        put().map_err(|source| JournalError {
+        put(&mut replaced).map_err(|source| JournalError {
             path: path.clone(),
+            replaced,
             source,
         })
     }
 
     /// Forgets a VM whose handover has ended.
-    pub fn forget(&self, vm: &str) -> Result<(), JournalError> {
-        let path = self.path(vm);
-        match fs::remove_file(&path) {
+    pub fn forget(&self, vm: &str, gang: GangId) -> Result<(), JournalError> {
+        let path = self.path(vm, gang);
+        match fs::remove_file(&path).and_then(|()| self.sync()) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other.map_err(|source| JournalError { path, source }),
+            other => other.map_err(fail(&path)),
         }
     }
 
-    /// Every record that a run of the agent has left behind.
-    pub fn left(&self) -> Result<Vec<Record>, JournalError> {
-        let fail = |path: &Path| {
-            let path = path.to_owned();
-            move |source| JournalError { path, source }
-        };
-        let mut records = Vec::new();
-        for entry in fs::read_dir(&self.dir).map_err(fail(&self.dir))? {
-            let path = entry.map_err(fail(&self.dir))?.path();
+    fn sync(&self) -> io::Result<()> {
+        File::open(&self.dir)?.sync_all()
+    }
+
+    /// Every record that a run of the agent has left behind, and why the
+    /// others cannot be read.
+    pub fn left(&self) -> Result<(Vec<Record>, Vec<JournalError>), JournalError> {
+        let (mut records, mut bad) = (Vec::new(), Vec::new());
+        for entry in fs::read_dir(&self.dir).map_err(|e| fail(&self.dir)(e))? {
+            let path = entry.map_err(|e| fail(&self.dir)(e))?.path();
             if path.extension().is_some_and(|e| e == "json") {
-                let text = fs::read(&path).map_err(fail(&path))?;
-                let record = parse_record(&text)
-                    .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
-                    .map_err(fail(&path))?;
-                records.push(record);
+                let invalid = |e| io::Error::new(io::ErrorKind::InvalidData, e);
+                let record = fs::read(&path).and_then(|text| parse_record(&text).map_err(invalid));
+                match record {
+                    Ok(record) => records.push(record),
+                    Err(error) => bad.push(fail(&path)(error)),
+                }
             }
         }
-        Ok(records)
+        Ok((records, bad))
     }
 }
 
-/// Parses one record.
+fn fail(path: &Path) -> impl FnOnce(io::Error) -> JournalError {
+    let path = path.to_owned();
+    move |source| JournalError {
+        path,
+        replaced: false,
+        source,
+    }
+}
+
+/// Parses one record. Names in it become paths: they are names.
 pub fn parse_record(text: &[u8]) -> Result<Record, serde_json::Error> {
-    serde_json::from_slice(text)
+    use serde::de::Error;
+    let record: Record = serde_json::from_slice(text)?;
+    match is_name(&record.vm) && is_name(&record.peer) {
+        true => Ok(record),
+        false => Err(serde_json::Error::custom("vm or peer is not a name")),
+    }
 }
 
 #[cfg(test)]
@@ -144,6 +195,7 @@ mod tests {
             side: Side::Source,
             step,
             peer: "b1".into(),
+            run: true,
         }
     }
 
@@ -153,26 +205,46 @@ mod tests {
         let journal = Journal::open(dir.path()).unwrap();
         journal.write(&record(Step::Moving)).unwrap();
         journal.write(&record(Step::Committed)).unwrap();
-        assert_eq!(
-            Journal::open(dir.path()).unwrap().left().unwrap(),
-            [record(Step::Committed)]
-        );
-        journal.forget("web-1").unwrap();
-        journal.forget("web-1").unwrap();
-        assert!(journal.left().unwrap().is_empty());
+        let later = Record {
+            gang: GangId(8),
+            ..record(Step::Moving)
+        };
+        journal.write(&later).unwrap();
+        let (mut left, bad) = Journal::open(dir.path()).unwrap().left().unwrap();
+        left.sort_by_key(|r| r.gang);
+        assert_eq!(left, [record(Step::Committed), later]);
+        assert!(bad.is_empty());
+        journal.forget("web-1", GangId(7)).unwrap();
+        journal.forget("web-1", GangId(7)).unwrap();
+        assert_eq!(journal.left().unwrap().0.len(), 1);
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_read_hides_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path()).unwrap();
+        journal.write(&record(Step::Moving)).unwrap();
+        fs::write(dir.path().join("handover/x.json"), b"{").unwrap();
+        let text = serde_json::to_string(&record(Step::Moving)).unwrap();
+        let escape = text.replace("web-1", "../../etc");
+        fs::write(dir.path().join("handover/y.json"), escape).unwrap();
+        let (left, bad) = journal.left().unwrap();
+        assert_eq!((left.len(), bad.len()), (1, 2));
     }
 
     #[test]
     fn a_journal_that_cannot_be_written_says_where_and_what_to_do() {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::open(dir.path()).unwrap();
+        journal.check().unwrap();
         fs::remove_dir_all(dir.path()).unwrap();
+        assert!(journal.check().is_err());
         let error = journal
             .write(&record(Step::Moving))
             .unwrap_err()
             .to_string();
         assert!(
-            error.contains("web-1.json") && error.contains("writable"),
+            error.contains("web-1.") && error.contains("writable"),
             "{error}"
         );
     }

@@ -4,6 +4,7 @@
 //! speaks to the target agent of each of its VMs. Every request names the gang
 //! it belongs to, and an agent answers only for gangs it was admitted to.
 
+use super::handover::machine::{Whose, Word};
 use crate::types::{GangId, HolderId, VmIndex};
 use crate::vmm::preflight::DirectFacts;
 use serde::{Deserialize, Serialize};
@@ -74,6 +75,8 @@ pub struct GangSpec {
     pub verify: Verify,
     /// Limit of the downtime, in milliseconds.
     pub downtime_limit_ms: u64,
+    /// Switch every VM at the same time, once all are ready.
+    pub align: bool,
 }
 
 impl GangSpec {
@@ -191,12 +194,18 @@ pub enum Phase {
     Failed,
     /// It runs on the source, by the operator's wish.
     Cancelled,
+    /// It was handed over, and the target does not confirm that it runs; see
+    /// the error. The source goes on asking.
+    InDoubt,
 }
 
 impl Phase {
     /// Whether nothing more will happen.
     pub fn is_final(self) -> bool {
-        matches!(self, Phase::Arrived | Phase::Failed | Phase::Cancelled)
+        matches!(
+            self,
+            Phase::Arrived | Phase::Failed | Phase::Cancelled | Phase::InDoubt
+        )
     }
 }
 
@@ -239,6 +248,8 @@ pub struct VmState {
     pub pages: PageCounts,
     /// Milliseconds the guest stood still, once known.
     pub downtime_ms: Option<f64>,
+    /// Milliseconds of these in which both sides made the commitment durable.
+    pub journal_ms: Option<f64>,
     /// Whether the digests (or all of RAM) were compared and equal.
     pub verified: bool,
     /// Why it failed.
@@ -257,6 +268,7 @@ impl VmState {
             sent_bytes: 0,
             pages: PageCounts::default(),
             downtime_ms: None,
+            journal_ms: None,
             verified: false,
             error: None,
         }
@@ -368,23 +380,46 @@ pub enum GangRequest {
         wait_ms: u64,
     },
     /// Source → target: the journal says *committed*; the VM is yours. The
-    /// point of no return lies before this message.
+    /// point of no return lies before this message. It and the three that
+    /// follow name the VM: they mean something also to an agent that has been
+    /// restarted and knows the gang from its journal alone.
     Resume {
         /// The gang.
         gang: GangId,
         /// The VM.
-        vm: VmIndex,
+        vm: String,
         /// Whether the guest is to run (an operator may have paused it before).
         run: bool,
     },
-    /// Source or coordinator → target: end the half-made VM.
+    /// Source or coordinator → target: end the half-made VM. Once all of its
+    /// device state has arrived, only its source is listened to.
     Abort {
         /// The gang.
         gang: GangId,
         /// The VM.
-        vm: VmIndex,
+        vm: String,
         /// Why, for the log.
         why: String,
+    },
+    /// Target → source: I have all of this VM; whose is it?
+    WhoseIs {
+        /// The gang.
+        gang: GangId,
+        /// The VM.
+        vm: String,
+    },
+    /// Source → target: I know that the VM is yours, and have forgotten it.
+    Settled {
+        /// The gang.
+        gang: GangId,
+        /// The VM.
+        vm: String,
+    },
+    /// Any agent of the gang → every agent: I coordinate it from now on. Only
+    /// a coordinator that has fallen silent can be followed.
+    TakeOver {
+        /// The gang.
+        gang: GangId,
     },
     /// Anyone: the core link as this agent sees it.
     Core,
@@ -414,6 +449,15 @@ pub enum GangResponse {
         /// References that had not been resolved when the wait ended.
         pending: u64,
     },
+    /// Answer to [`GangRequest::Resume`].
+    Landed {
+        /// What has become of the VM.
+        word: Word,
+        /// How long it took to make that durable, in microseconds.
+        journal_us: u64,
+    },
+    /// Answer to [`GangRequest::WhoseIs`].
+    Whose(Whose),
     /// Answer to [`GangRequest::Core`].
     Core(CoreState),
     /// It could not be done; what to tell the operator.

@@ -11,7 +11,7 @@ pub const VARIABLE: &str = "DROVER_PLANT";
 /// A bug.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Plant {
-    /// The target resumes the VM before the last pages have been sent.
+    /// The target resumes the VM although the last pages have not been sent.
     EarlyResume,
     /// Pages that were under way on a lane that broke are not sent again.
     SkipResend,

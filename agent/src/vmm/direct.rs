@@ -141,6 +141,13 @@ impl SourceVm {
         }
     }
 
+    /// Whether the guest runs.
+    pub async fn is_running(&self) -> Result<bool, DirectError> {
+        let asked = self.vmm.qmp.status().await;
+        let state = asked.map_err(qmp_error(&self.vmm, "asking for its state"))?;
+        Ok(state == RunState::Running)
+    }
+
     /// Stops the guest for stop-and-copy. Returns whether it was running: one
     /// that its operator has paused must not run on the target either.
     pub async fn pause(&self) -> Result<bool, DirectError> {
@@ -237,6 +244,20 @@ pub async fn roll_back(vmm: &Vmm, run: bool) -> Result<(), DirectError> {
     setup::undo(vmm)
         .await
         .map_err(fail("taking back its migration settings"))
+}
+
+/// Lets a guest that has arrived run (or stand, unless `run`), and takes back
+/// what its VMM was set up with to receive it. Only after the point of no
+/// return; also for an agent that has been restarted meanwhile.
+pub async fn resume_arrived(vmm: &Vmm, run: bool) -> Result<(), DirectError> {
+    if run {
+        resume(vmm).await?;
+    }
+    // The guest runs; settings for its next move must not undo that.
+    if let Err(error) = setup::undo(vmm).await {
+        tracing::warn!(vm = vmm.name, %error, "x-ignore-shared could not be switched off");
+    }
+    Ok(())
 }
 
 async fn resume(vmm: &Vmm) -> Result<(), DirectError> {
@@ -385,13 +406,7 @@ impl TargetVm {
 
     /// Lets the guest run here. Only after the point of no return.
     pub async fn resume(&self) -> Result<(), DirectError> {
-        let vmm = self.vmm();
-        resume(vmm).await?;
-        // The guest runs; settings for its next move must not undo that.
-        if let Err(error) = setup::undo(vmm).await {
-            tracing::warn!(vm = vmm.name, %error, "x-ignore-shared could not be switched off");
-        }
-        Ok(())
+        resume_arrived(self.vmm(), true).await
     }
 
     /// The VM lives here from now on: its VMM and files stay when we go.

@@ -10,6 +10,7 @@ use super::ram::{RamError, RamFile};
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -270,6 +271,37 @@ pub fn remove_files(paths: &VmPaths) {
         dir: paths.dir.clone(),
         armed: true,
     });
+}
+
+/// VMMs that were started with these paths, whoever started them and however
+/// far they came: an agent that was killed may have left one without a monitor.
+fn leftovers(paths: &VmPaths) -> Vec<VmProcess> {
+    let pidfile = paths.pidfile();
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    let names_it = |pid: &i32| {
+        let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let arguments: Vec<&[u8]> = arguments.split(|b| *b == 0).collect();
+        arguments
+            .windows(2)
+            .any(|pair| pair[0] == b"-pidfile" && pair[1] == pidfile.as_os_str().as_bytes())
+    };
+    pids.filter(names_it)
+        .filter_map(|pid| VmProcess::open(pid).ok())
+        .filter(VmProcess::is_alive)
+        .collect()
+}
+
+/// Whether a VMM of these paths lives.
+pub fn has_leftover(paths: &VmPaths) -> bool {
+    !leftovers(paths).is_empty()
+}
+
+/// Ends whatever VMM of these paths lives. Blocks.
+pub fn end_leftovers(paths: &VmPaths) -> Result<(), ProcessError> {
+    leftovers(paths)
+        .iter()
+        .try_for_each(|process| process.kill_and_wait(KILL_LIMIT))
 }
 
 #[derive(Debug)]

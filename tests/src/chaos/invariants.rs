@@ -223,6 +223,12 @@ fn still_busy(stand: &Stand) -> Option<String> {
                 status.agent, gang.gang, gang.phase
             ));
         }
+        if let Some(open) = status.handovers.iter().find(|open| !open.settled) {
+            return Some(format!(
+                "{} is not done with a handover: {open:?}",
+                status.agent
+            ));
+        }
     }
     None
 }
@@ -333,12 +339,11 @@ fn of_vm(told: &VmReport, place: Where, allowed: Allowed, roles: &Roles) -> Resu
     Ok(())
 }
 
-/// Whether the report says that it does not know where the VM is.
+/// Whether the report says that it does not know where the VM is: in doubt, or
+/// out of the coordinator's sight.
 fn unseen(told: &VmReport) -> bool {
     let why = told.error.as_deref().unwrap_or_default();
-    ["decides alone", "did not confirm", "in doubt"]
-        .iter()
-        .any(|text| why.contains(text))
+    told.outcome == VmOutcome::InDoubt || why.contains("decides alone")
 }
 
 /// Whether RAM was the same on both sides whenever a VM came to its switch.

@@ -202,7 +202,7 @@ impl Stand {
         let coordinator = name(rack, COORDINATOR);
         let started =
             self.cluster
-                .start_migration_at(&self.lab, &coordinator, &gang, &moves, &[])?;
+                .start_migration_at(&coordinator, &self.lab, &gang, &moves, &[])?;
         Ok((started, gang))
     }
 

@@ -5,30 +5,41 @@
 //!          ▶ journal: committed ══ point of no return ══▶ Resume ▶ end the source
 //! ```
 //!
+//! Here is the way to *loaded*: the target has everything. What follows, and
+//! what follows instead if that fails, is decided by [`machine`] and done by
+//! [`leaving`]; a restarted agent begins there.
+//!
 //! Before: the VM runs at the source with its RAM protected, its scan thread
 //! has just started; the target's VMM waits.
-//! After `Arrived`: the VM is the target's, nothing of it is left here.
-//! After `Stayed`: the VM is at the source as it was before (running, or paused
-//! if its operator had paused it), and the target has been told to clean up.
-//! After `InDoubt`: the journal says *committed*, the target has not confirmed.
-//! The source's copy stands still and is kept.
+//! After success: the VM is the target's, nothing of it is left here.
+//! After failure: the VM is at the source as it was before (running, or paused
+//! if its operator had paused it), and the target has cleaned up.
+//! In between, for as long as it takes: committed, and the target has not
+//! confirmed. The source's copy stands still and is kept.
 //!
 //! See `docs/handover.md`.
 
-use super::coordinator::Caller;
-use super::flight::Flight;
-use super::journal::{Journal, Record, Side, Step as JournalStep};
-use super::message::{GangRequest, GangResponse, GangSpec, Phase, Verify};
-use super::moments::{Moment, Moments};
-use super::plant::{self, Plant};
-use super::scan::{Command, Step};
-use super::verify::full_digest;
+pub mod care;
+pub mod fence;
+pub mod leaving;
+pub mod machine;
+#[cfg(test)]
+mod model;
+
 use crate::dedup::fingerprint::FingerprintKey;
+use crate::gang::coordinator::Caller;
+use crate::gang::flight::Flight;
+use crate::gang::message::{GangRequest, GangResponse, GangSpec, Phase, Verify};
+use crate::gang::moments::Moment;
+use crate::gang::scan::{Command, Step};
+use crate::gang::verify::full_digest;
 use crate::net::{Kind, Roster, connect};
 use crate::types::VmIndex;
-use crate::vmm::definition::VmPaths;
 use crate::vmm::direct::SourceVm;
 use crate::vmm::relay::relay;
+use leaving::{Leaving, Watcher};
+use machine::{RunsOn, Source, SourceEvent};
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -43,38 +54,27 @@ const SEAL_WAIT: Duration = Duration::from_secs(15);
 const DEVICE_LIMIT: Duration = Duration::from_secs(30);
 /// How long an answer to a short request of the handover may take.
 const STEP_LIMIT: Duration = Duration::from_secs(10);
-/// How long `Resume` is repeated before the VM is in doubt.
-const RESUME_LIMIT: Duration = Duration::from_secs(30);
+/// How long the last pages of a stopped guest may take.
+const LAST_PAGES_LIMIT: Duration = Duration::from_secs(120);
+/// How often a step that waits for others looks whether it is cancelled.
+const CANCEL_POLL: Duration = Duration::from_millis(10);
 /// How long the debug hold waits for its go.
 const HOLD_LIMIT: Duration = Duration::from_secs(30);
 
-/// How a VM's migration ended.
-#[derive(Debug)]
-pub enum End {
-    /// It is the target's.
-    Arrived,
-    /// It is the source's, for this reason.
-    Stayed(String),
-    /// Committed, but not confirmed.
-    InDoubt(String),
-}
-
 /// One VM on its way out.
 pub struct Handover<C> {
-    /// Reaches the target agent.
-    pub caller: Rc<C>,
+    /// What goes on when the target has everything, or when it cannot have it.
+    pub leaving: Leaving<C>,
+    /// Hears of that: the same as in `leaving`.
+    pub live: Rc<Live>,
     /// Opens the connection for device state.
     pub roster: Arc<Roster>,
-    /// Where the point of no return is written.
-    pub journal: Journal,
     /// The gang.
     pub spec: GangSpec,
     /// What the scan thread shares.
     pub flight: Arc<Flight>,
     /// The VM.
     pub source: SourceVm,
-    /// Its files, if this agent made them.
-    pub files: Option<VmPaths>,
     /// Key of the VM's dedup domain.
     pub key: Arc<FingerprintKey>,
     /// Where a socket for device state may be made.
@@ -87,16 +87,92 @@ pub struct Handover<C> {
     pub turn: watch::Receiver<bool>,
     /// Tests look at both sides' RAM at the switch: see `[debug]` in agent.toml.
     pub hold: Option<PathBuf>,
-    /// Tests stop the handover at these.
-    pub moments: Moments,
 }
 
-/// An error before the point of no return, and what it left.
-struct Failure {
-    why: String,
-    /// Whether the guest was running when it was paused for the switch; `None`
-    /// if it was not paused.
-    paused: Option<bool>,
+/// Hears of the decision on a VM whose pages this run of the agent has moved:
+/// tells its progress, and ends its scan thread.
+pub struct Live {
+    flight: Arc<Flight>,
+    commands: Sender<Command>,
+    /// Since when the guest stands still.
+    stopped: Cell<Option<Instant>>,
+    cancelled: Cell<bool>,
+    settled: Box<dyn Fn(bool)>,
+}
+
+impl Live {
+    /// `settled` is called once it is clear, with whether the VM has arrived:
+    /// when it runs here and may be moved again, or when nothing of it is
+    /// left here.
+    pub fn new(
+        flight: Arc<Flight>,
+        commands: Sender<Command>,
+        settled: Box<dyn Fn(bool)>,
+    ) -> Rc<Self> {
+        Rc::new(Live {
+            flight,
+            commands,
+            stopped: Cell::default(),
+            cancelled: Cell::default(),
+            settled,
+        })
+    }
+}
+
+impl Watcher for Live {
+    fn entered(&self, state: Source, why: &str) {
+        match state {
+            // The scan thread ends, which lifts the protection.
+            Source::Returning | Source::TakingBack => {
+                let cancelled = self.flight.is_cancelled();
+                self.cancelled
+                    .set(self.cancelled.get() || cancelled && state == Source::Returning);
+                if state == Source::Returning {
+                    self.flight.cancel();
+                }
+            }
+            Source::Noting => self.flight.update(|vm| {
+                let cancelled = self.cancelled.get();
+                vm.phase = if cancelled {
+                    Phase::Cancelled
+                } else {
+                    Phase::Failed
+                };
+                vm.error = (!cancelled).then(|| why.to_owned());
+            }),
+            Source::Returned => (self.settled)(false),
+            Source::Ending => {
+                let downtime = self
+                    .stopped
+                    .get()
+                    .map(|at| at.elapsed().as_secs_f64() * 1e3);
+                self.flight.update(|vm| vm.downtime_ms = downtime);
+                let _thread_gone = self.commands.send(Command::Done);
+            }
+            Source::Closing(RunsOn::Target) => {
+                self.flight.update(|vm| {
+                    vm.phase = Phase::Arrived;
+                    vm.error = None;
+                });
+                (self.settled)(true);
+            }
+            _ => {}
+        }
+    }
+
+    fn in_doubt(&self, why: &str) {
+        self.flight.update(|vm| {
+            vm.phase = Phase::InDoubt;
+            vm.error = Some(why.to_owned());
+        });
+    }
+
+    fn journaled(&self, here: Option<Duration>, there: Option<Duration>) {
+        let took = here.into_iter().chain(there).sum::<Duration>();
+        let ms = took.as_secs_f64() * 1e3;
+        self.flight
+            .update(|vm| vm.journal_ms = Some(vm.journal_ms.unwrap_or(0.0) + ms));
+    }
 }
 
 impl<C: Caller> Handover<C> {
@@ -109,150 +185,62 @@ impl<C: Caller> Handover<C> {
     }
 
     async fn reach(&self, moment: Moment) {
-        self.moments.reach(moment, self.name()).await;
+        self.leaving.moments.reach(moment, self.name()).await;
     }
 
-    /// Runs the handover to its end, whatever that is.
-    pub async fn run(mut self) -> End {
-        let stopped = match self.until_committed().await {
-            Ok(stopped) => stopped,
-            Err(failure) => return self.stay(failure).await,
-        };
-        // The point of no return has been passed: from here on only the
-        // target may run the VM.
-        let (was_running, since) = stopped;
-        match self.resume_at_target(was_running).await {
-            Ok(()) => {}
+    /// Runs the handover to its end, however long that takes.
+    pub async fn run(mut self) -> RunsOn {
+        let event = match self.until_loaded().await {
+            Ok(()) => SourceEvent::Loaded,
             Err(why) => {
-                let why = format!(
-                    "VM {}: the handover was committed, but {} did not confirm that it runs \
-                     ({why}). It is kept paused at {}: ask the target with `drover vm list` \
-                     before anything else",
-                    self.name(),
-                    self.flight.target,
-                    self.spec.vm(self.vm()).map_or("?", |v| &v.from)
-                );
-                self.finish(Phase::Failed, Some(&why));
-                return End::InDoubt(why);
+                self.leaving.care.because(&why);
+                self.leaving.why = why;
+                SourceEvent::Failed
             }
-        }
-        let downtime = since.elapsed().as_secs_f64() * 1e3;
-        if plant::has(Plant::EarlyResume) {
-            let _too_late = self.last_pages().await;
-        }
-        self.reach(Moment::Resumed).await;
-        self.flight
-            .update(|state| state.downtime_ms = Some(downtime));
-        let _thread_gone = self.commands.send(Command::Done);
-        self.reach(Moment::EndingSource).await;
-        if let Err(error) = self.source.end(self.files.as_ref()).await {
-            tracing::error!(vm = %self.flight.name, %error,
-                "the VM runs at its target, but its paused copy could not be ended here");
-        }
-        self.moments
-            .reach(Moment::SourceEnded, &self.flight.name)
-            .await;
-        if let Err(error) = self.journal.forget(&self.flight.name) {
-            tracing::warn!(%error, "journal entry stays");
-        }
-        self.flight.set_phase(Phase::Arrived);
-        End::Arrived
-    }
-
-    fn finish(&self, phase: Phase, error: Option<&str>) {
-        self.flight.update(|state| {
-            state.phase = phase;
-            state.error = error.map(str::to_owned);
-        });
-    }
-
-    /// One way out for every failure before the point of no return: the guest
-    /// goes on as it was, the target is told, the scan thread ends (which
-    /// lifts the protection).
-    async fn stay(self, failure: Failure) -> End {
-        let cancelled = self.flight.is_cancelled();
-        self.flight.cancel();
-        if let Some(was_running) = failure.paused
-            && let Err(error) = self.source.roll_back(was_running).await
-        {
-            tracing::error!(vm = %self.name(), %error, "VM could not be resumed; \
-                resume it by `cont` on its monitor");
-        }
-        self.reach(Moment::RolledBack).await;
-        let abort = GangRequest::Abort {
-            gang: self.spec.id,
-            vm: self.vm(),
-            why: failure.why.clone(),
         };
-        if let Err(why) = self
-            .caller
-            .call(&self.flight.target, abort, STEP_LIMIT)
-            .await
-        {
-            tracing::warn!(vm = %self.name(), %why, "the target will clean up by itself");
-        }
-        if let Err(error) = self.journal.forget(self.name()) {
-            tracing::warn!(%error, "journal entry stays");
-        }
-        tracing::warn!(vm = %self.name(), why = %failure.why, "VM stays here and runs on");
-        let phase = if cancelled {
-            Phase::Cancelled
-        } else {
-            Phase::Failed
-        };
-        self.finish(phase, (!cancelled).then_some(failure.why.as_str()));
-        End::Stayed(failure.why)
+        self.leaving.run(Source::Moving.on(event)).await
     }
 
-    /// Everything up to the point of no return. Returns whether the guest was
-    /// running before the switch, and since when it stands still.
-    async fn until_committed(&mut self) -> Result<(bool, Instant), Failure> {
-        let running = |why| Failure { why, paused: None };
-        self.record(JournalStep::Moving).map_err(running)?;
-        self.reach(Moment::JournalMoving).await;
+    /// Everything up to the moment where the target has the whole VM and has
+    /// said so. The guest stands still afterwards.
+    async fn until_loaded(&mut self) -> Result<(), String> {
         self.reach(Moment::Precopy).await;
-        self.wait_for_turn().await.map_err(running)?;
+        self.wait_for_turn().await?;
         self.reach(Moment::Switch).await;
         self.commands
             .send(Command::Switch)
-            .map_err(|_| running(self.thread_gone()))?;
-        match self.next_step().await.map_err(running)? {
+            .map_err(|_| self.thread_gone())?;
+        match self.next_step().await? {
             Step::Barrier => {}
-            other => return Err(running(self.out_of_step(&other))),
+            other => return Err(self.out_of_step(&other)),
         }
-        let device = self.prepare_device().await.map_err(running)?;
-        let since = Instant::now();
-        let was_running = self.source.pause().await.map_err(|e| running(chain(&e)))?;
-        let paused = |why| Failure {
-            why,
-            paused: Some(was_running),
-        };
+        let device = self.prepare_device().await?;
+        let runs = self.source.is_running().await.map_err(|e| chain(&e))?;
+        // Whoever finds the guest stopped from here on is to let it run.
+        self.leaving.moving(runs).await?;
+        self.live.stopped.set(Some(Instant::now()));
+        self.leaving.record.run = self.source.pause().await.map_err(|e| chain(&e))?;
         self.reach(Moment::Paused).await;
+        // What that leaves out, the target never gets.
         if !plant::has(Plant::EarlyResume) {
-            self.last_pages().await.map_err(paused)?;
+            self.last_pages().await?;
         }
         self.reach(Moment::Sealed).await;
-        self.device_state(device).await.map_err(paused)?;
-        self.reach(Moment::DeviceSent).await;
-        if self.flight.is_cancelled() {
-            return Err(paused("cancelled".into()));
+        tokio::select! {
+            sent = self.device_state(device) => sent?,
+            () = self.cancelled() => return Err("cancelled".into()),
         }
-        self.reach(Moment::Committing).await;
-        self.record(JournalStep::Committed).map_err(paused)?;
-        self.reach(Moment::Committed).await;
-        Ok((was_running, since))
+        self.reach(Moment::DeviceSent).await;
+        match self.flight.is_cancelled() {
+            true => Err("cancelled".into()),
+            false => Ok(()),
+        }
     }
 
-    fn record(&self, step: JournalStep) -> Result<(), String> {
-        self.journal
-            .write(&Record {
-                gang: self.spec.id,
-                vm: self.name().to_owned(),
-                side: Side::Source,
-                step,
-                peer: self.flight.target.clone(),
-            })
-            .map_err(|e| e.to_string())
+    async fn cancelled(&self) {
+        while !self.flight.is_cancelled() {
+            tokio::time::sleep(CANCEL_POLL).await;
+        }
     }
 
     /// Waits while the scan thread does its rounds, until the coordinator
@@ -301,7 +289,16 @@ impl<C: Caller> Handover<C> {
         self.commands
             .send(Command::Final)
             .map_err(|_| self.thread_gone())?;
-        let digest = match self.next_step().await? {
+        let sent = tokio::time::timeout(LAST_PAGES_LIMIT, self.next_step())
+            .await
+            .map_err(|_| {
+                format!(
+                    "VM {}: its last pages did not arrive within {} s",
+                    self.name(),
+                    LAST_PAGES_LIMIT.as_secs()
+                )
+            })?;
+        let digest = match sent? {
             Step::Sent { digest } => digest,
             other => return Err(self.out_of_step(&other)),
         };
@@ -317,7 +314,7 @@ impl<C: Caller> Handover<C> {
             full,
             wait_ms: SEAL_WAIT.as_millis() as u64,
         };
-        let caller = self.caller.clone();
+        let caller = self.leaving.caller.clone();
         let target = self.flight.target.clone();
         let answer = caller.call(&target, seal, SEAL_WAIT + STEP_LIMIT);
         let answer = tokio::select! {
@@ -384,6 +381,7 @@ impl<C: Caller> Handover<C> {
             vm: self.vm(),
         };
         let ram = match self
+            .leaving
             .caller
             .call(&self.flight.target, request, STEP_LIMIT)
             .await?
@@ -438,6 +436,7 @@ impl<C: Caller> Handover<C> {
                 wait_ms: DEVICE_LIMIT.as_millis() as u64,
             };
             match self
+                .leaving
                 .caller
                 .call(&self.flight.target, request, DEVICE_LIMIT + STEP_LIMIT)
                 .await?
@@ -473,29 +472,6 @@ impl<C: Caller> Handover<C> {
         let until = Instant::now() + HOLD_LIMIT;
         while !go.exists() && Instant::now() < until {
             tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    }
-
-    async fn resume_at_target(&self, run: bool) -> Result<(), String> {
-        let until = Instant::now() + RESUME_LIMIT;
-        loop {
-            let request = GangRequest::Resume {
-                gang: self.spec.id,
-                vm: self.vm(),
-                run,
-            };
-            let asking = self.caller.call(&self.flight.target, request, STEP_LIMIT);
-            let (answer, ()) = tokio::join!(asking, self.reach(Moment::ResumeSent));
-            let why = match answer {
-                Ok(GangResponse::Done) => return Ok(()),
-                Ok(other) => self.refused(other),
-                Err(why) => why,
-            };
-            if Instant::now() > until {
-                return Err(why);
-            }
-            tracing::warn!(vm = %self.name(), %why, "target has not confirmed; asking again");
-            tokio::time::sleep(Duration::from_millis(250)).await;
         }
     }
 }
