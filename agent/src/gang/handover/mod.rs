@@ -31,6 +31,7 @@ use crate::gang::coordinator::Caller;
 use crate::gang::flight::Flight;
 use crate::gang::message::{GangRequest, GangResponse, GangSpec, Phase, Verify};
 use crate::gang::moments::Moment;
+use crate::gang::plant::{self, Plant};
 use crate::gang::scan::{Command, Step};
 use crate::gang::verify::full_digest;
 use crate::net::{Kind, Roster, connect};
