@@ -97,7 +97,7 @@ impl Census {
                     .filter(move |pair| pair[0] == flag)
                     .map(|pair| pair[1].clone())
             };
-            let monitors = after("-qmp").filter_map(|at| {
+            let mut monitors = after("-qmp").filter_map(|at| {
                 let path = at.strip_prefix("unix:")?.split(',').next()?.to_owned();
                 path.ends_with("/lab.sock").then(|| PathBuf::from(path))
             });
@@ -105,7 +105,7 @@ impl Census {
                 vm: after("-name").next()?,
                 host,
                 pid,
-                monitor: monitors.last(),
+                monitor: monitors.next_back(),
             })
         };
         Ok(self.processes()?.into_iter().filter_map(vmm).collect())

@@ -133,7 +133,7 @@ pub fn inject(
                 _ => (0, 10_000),
             };
             let fault = fault::Fault {
-                seed: random.next(),
+                seed: random.number(),
                 drop_ppm,
                 corrupt_ppm,
             };

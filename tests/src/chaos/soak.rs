@@ -72,7 +72,7 @@ pub(super) fn run(stands: &mut Stands<'_>, say: &dyn Fn(&str)) -> Result<SoakRes
         };
         let after = Duration::from_millis(random.below(GANG_MS));
         let name = format!("gang {n}, {victim} {fault} after {} ms", after.as_millis());
-        let survived = stands.run(&cell, random.next(), When::After(after))?;
+        let survived = stands.run(&cell, random.number(), When::After(after))?;
         result.gangs += 1;
         match survived {
             Ok(survived) => {
