@@ -342,6 +342,78 @@ fn adopted_vm_of_a_killed_source_runs_on_and_is_found_again() -> Result<()> {
 }
 
 #[test]
+fn cancel_is_heard_at_every_step_before_the_commitment() -> Result<()> {
+    use Moment::*;
+    let mut play = Play::new()?;
+    for moment in [Prepared, Precopy, Ready, Switch, Paused, Sealed, DeviceSent] {
+        let source = play.host().to_owned();
+        let moments = Moments::of(&play.stage);
+        let watcher = HoldWatcher::start(&play.stage.hold_dir())?;
+        moments.hold(moment)?;
+        let migration = play.migrate_at(BESIDE)?;
+        moments.wait(moment)?;
+        play.stage.cluster.agent(BESIDE).run(&["cancel", "gang"])?;
+        // The word has to get from the coordinator to the source.
+        std::thread::sleep(Duration::from_millis(300));
+        moments.release(moment)?;
+        let ended = migration.end()?;
+        ensure!(
+            outcome(&ended) == Some(VmOutcome::Cancelled),
+            "cancelled at {}: {ended:?}",
+            moment.name()
+        );
+        watcher.finish()?;
+        play.runs_on(&source)
+            .with_context(|| format!("cancelled at {}", moment.name()))?;
+    }
+    play.stage.finish()
+}
+
+#[test]
+fn fenced_target_gives_the_vm_back_to_its_source() -> Result<()> {
+    let mut play = Play::new()?;
+    // The fence is believed, so it has to be right: it succeeds once the test
+    // has seen that nothing runs on the target.
+    let proof = play.stage.lab.run_dir().join("fenced");
+    let script = format!(
+        "test \"$DROVER_FENCE_HOST\" = {} && test -e {}",
+        ENDS[1],
+        proof.display()
+    );
+    let config = play.stage.cluster.agent(ENDS[0]).files.config.clone();
+    let text = fs::read_to_string(&config)?;
+    let fencing =
+        format!("\n[fencing]\ncommand = [\"/bin/sh\", \"-c\", {script:?}]\nlimit_s = 5\n");
+    fs::write(&config, text + &fencing)?;
+    play.kill(ENDS[0]);
+    play.start_again(ENDS[0])?;
+    let moments = Moments::of(&play.stage);
+    let watcher = HoldWatcher::start(&play.stage.hold_dir())?;
+    moments.hold(Moment::Committed)?;
+    let migration = play.migrate_at(ENDS[0])?;
+    moments.wait(Moment::Committed)?;
+    play.kill(ENDS[1]);
+    for pid in check::vmms_of(&play.stage.lab, VM)? {
+        let target = &play.stage.lab.host(2, 1).ns;
+        if registry::processes(target)?.contains(&pid) {
+            registry::kill(&registry::pidfd(pid)?);
+        }
+    }
+    fs::write(&proof, b"")?;
+    moments.release(Moment::Committed)?;
+    let ended = migration.end()?;
+    ensure!(outcome(&ended) != Some(VmOutcome::Arrived), "{ended:?}");
+    until("the VM to run at its source again", || {
+        let mut all = play.handovers(ENDS[0])?.into_iter();
+        Ok(all.find(|h| h.state.contains("runs here")))
+    })?;
+    play.start_again(ENDS[1])?;
+    play.runs_on(ENDS[0])?;
+    watcher.finish()?;
+    play.stage.finish()
+}
+
+#[test]
 fn vm_in_doubt_waits_for_the_operator_and_obeys() -> Result<()> {
     let mut play = Play::new()?;
     let moments = Moments::of(&play.stage);
@@ -406,6 +478,9 @@ fn gang_without_its_coordinator_is_taken_over() -> Result<()> {
         .run(&["gang", "resume", "gang", "--json"])?;
     let report: GangReport = serde_json::from_slice(&resumed.stdout)?;
     ensure!(report.vms[0].outcome == VmOutcome::Arrived, "{report:?}");
+    let journal_ms = report.vms[0].journal_ms;
+    ensure!(journal_ms > 0.0, "no time for two journals? {report:?}");
+    println!("journals took {journal_ms:.1} ms of the stop");
     let differing = watcher.finish()?.remove(VM).context("no switch")?;
     ensure!(differing.is_empty(), "RAM differs: {differing:?}");
     play.start_again(BESIDE)?;

@@ -2,29 +2,24 @@
 //! [`super::landing`] goes on.
 
 use super::Agent;
+use super::arrival::{Arrival, Held, Pages};
 use super::gangs::LocalGang;
-use crate::api::types::VmInfo;
 use crate::dedup::fingerprint::FingerprintKey;
 use crate::dedup::resolve::TargetConfig;
-use crate::dedup::target_vm::TargetVm as Placed;
 use crate::gang::handover::care::Care;
 use crate::gang::handover::chain;
-use crate::gang::handover::machine::{RunsOn, Target, TargetEvent};
+use crate::gang::handover::machine::{Target, TargetEvent};
 use crate::gang::journal::{Record, Side, Step};
 use crate::gang::message::{Digest, GangResponse, GangSpec, SourceFacts};
 use crate::gang::moments::Moment;
 use crate::gang::target::TargetGang;
-use crate::gang::verify::full_digest;
 use crate::net::Incoming;
-use crate::types::{GangId, VmIndex};
+use crate::types::VmIndex;
 use crate::vmm::definition::{Definition, VmPaths};
 use crate::vmm::direct::TargetVm;
-use crate::vmm::launch::{Vmm, has_leftover};
-use crate::vmm::ram::{GuestRam, free_bytes};
+use crate::vmm::ram::free_bytes;
 use crate::vmm::relay::relay;
-use std::cell::{Cell, RefCell};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -37,53 +32,6 @@ const SEAL_POLL: Duration = Duration::from_millis(1);
 /// References that are still outstanding after this are asked for anew: the
 /// first request may have been lost with its lane.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
-
-/// One VM on its way in.
-pub(super) struct Arrival {
-    pub(super) gang: GangId,
-    pub(super) name: String,
-    /// The agent it comes from.
-    pub(super) from: String,
-    pub(super) definition: Definition,
-    pub(super) files: VmPaths,
-    ram_bytes: u64,
-    pub(super) socket: PathBuf,
-    /// While pages are placed; a restarted agent has none of it.
-    pages: RefCell<Option<Pages>>,
-    vmm: RefCell<Held>,
-    state: Cell<Target>,
-    /// Whether its guest is to run.
-    pub(super) run: Cell<bool>,
-    pub(super) care: Rc<Care>,
-    /// When its source spoke last.
-    heard: Cell<Instant>,
-    /// How long the last record took to become durable.
-    pub(super) journal_took: Cell<Duration>,
-    /// Somebody is looking after it.
-    pub(super) minded: Cell<bool>,
-    pub(super) fenced: Cell<Option<Instant>>,
-    /// Serialises the steps of the handover.
-    pub(super) step: tokio::sync::Mutex<()>,
-}
-
-/// What there is of the VM here.
-pub(super) enum Held {
-    /// A stopped VMM that ends with us.
-    Waiting(Box<TargetVm>),
-    /// One that lives on without us: it has all of its state.
-    Kept(Vmm),
-    /// None, or it is out of reach for the moment.
-    Nothing,
-}
-
-/// What pages are placed with.
-struct Pages {
-    side: Arc<TargetGang>,
-    index: VmIndex,
-    placed: Arc<Placed>,
-    ram: Arc<GuestRam>,
-    key: Arc<FingerprintKey>,
-}
 
 impl Agent {
     /// Whether a VM could be taken in. Touches nothing.
@@ -370,195 +318,5 @@ impl Agent {
             Err(why) => tracing::warn!(vm = %arrival.name, %why, "device state not relayed"),
         }
         drop(incoming.permit);
-    }
-}
-
-impl Arrival {
-    /// A VM that begins to arrive, or that a restarted agent found.
-    pub(super) fn new(
-        from: &str,
-        definition: Definition,
-        files: VmPaths,
-        held: Held,
-        state: Target,
-        care: Care,
-    ) -> Self {
-        let arrival = Arrival {
-            gang: care.gang,
-            name: care.vm.clone(),
-            from: from.to_owned(),
-            ram_bytes: definition.ram_bytes,
-            socket: files.dir.join("state.sock"),
-            definition,
-            files,
-            pages: RefCell::default(),
-            vmm: RefCell::new(held),
-            state: Cell::new(state),
-            run: Cell::new(false),
-            care: Rc::new(care),
-            heard: Cell::new(Instant::now()),
-            journal_took: Cell::default(),
-            minded: Cell::new(false),
-            fenced: Cell::default(),
-            step: tokio::sync::Mutex::new(()),
-        };
-        arrival.enter(state);
-        arrival
-    }
-
-    /// For `drover vm list`, while the VM is not here yet.
-    pub(super) fn info(&self) -> Option<VmInfo> {
-        let pid = match &*self.vmm.borrow() {
-            Held::Waiting(vm) => vm.vmm().process.pid() as u32,
-            Held::Kept(vmm) => vmm.process.pid() as u32,
-            Held::Nothing => 0,
-        };
-        let arriving = matches!(
-            self.state(),
-            Target::Waiting | Target::Loaded | Target::Committing
-        );
-        arriving.then(|| VmInfo {
-            name: self.name.clone(),
-            kind: "qemu-direct".to_owned(),
-            status: match self.care.in_doubt() {
-                Some(_) => "in doubt".to_owned(),
-                None => "incoming".to_owned(),
-            },
-            ram_bytes: self.ram_bytes,
-            pages_scanned: 0,
-            dirty_bytes_per_s: None,
-            pid,
-            qmp: self.files.qmp(),
-            domain: self.definition.domain.clone(),
-        })
-    }
-
-    pub(super) fn state(&self) -> Target {
-        self.state.get()
-    }
-
-    pub(super) fn enter(&self, state: Target) {
-        self.state.set(state);
-        self.care.enter(words(state));
-        if matches!(state, Target::Here) {
-            self.forget_pages();
-        }
-    }
-
-    /// Its source has spoken.
-    pub(super) fn heard(&self) {
-        self.heard.set(Instant::now());
-    }
-
-    pub(super) fn silent_for(&self) -> Duration {
-        self.heard.get().elapsed()
-    }
-
-    pub(super) fn only_from(&self, from: &str) -> Result<(), String> {
-        match from == self.from {
-            true => Ok(()),
-            false => Err(format!("VM {} does not come here from {from}", self.name)),
-        }
-    }
-
-    /// Whether its VMM has ended.
-    pub(super) fn has_died(&self) -> bool {
-        match &*self.vmm.borrow() {
-            Held::Waiting(vm) => !vm.vmm().process.is_alive(),
-            Held::Kept(vmm) => !vmm.process.is_alive(),
-            Held::Nothing => !has_leftover(&self.files),
-        }
-    }
-
-    /// From now on the VMM lives on without us.
-    pub(super) fn keep(&self) {
-        let held = self.take_held();
-        self.hold(match held {
-            Held::Waiting(vm) => Held::Kept(vm.keep()),
-            other => other,
-        });
-    }
-
-    pub(super) fn kept(&self) -> Option<Vmm> {
-        match &*self.vmm.borrow() {
-            Held::Kept(vmm) => Some(vmm.clone()),
-            _ => None,
-        }
-    }
-
-    pub(super) fn take_held(&self) -> Held {
-        self.vmm.replace(Held::Nothing)
-    }
-
-    pub(super) fn hold(&self, held: Held) {
-        self.vmm.replace(held);
-    }
-
-    fn take_waiting(&self) -> Result<Box<TargetVm>, String> {
-        match (self.state(), self.take_held()) {
-            (Target::Waiting, Held::Waiting(vm)) => Ok(vm),
-            (state, held) => {
-                self.hold(held);
-                Err(format!("VM {} {} there", self.name, words(state)))
-            }
-        }
-    }
-
-    /// No page is placed any more.
-    pub(super) fn forget_pages(&self) {
-        if let Some(pages) = self.pages.borrow_mut().take()
-            && self.state() != Target::Here
-        {
-            pages.side.store.remove_vm(pages.index);
-        }
-    }
-
-    fn check_work(&self) -> Result<(Arc<TargetGang>, Check), String> {
-        let pages = self.pages.borrow();
-        let pages = pages
-            .as_ref()
-            .ok_or_else(|| format!("VM {} was given up here", self.name))?;
-        let work = Check {
-            name: self.name.clone(),
-            placed: pages.placed.clone(),
-            ram: pages.ram.clone(),
-            key: pages.key.clone(),
-        };
-        Ok((pages.side.clone(), work))
-    }
-}
-
-/// A state in an operator's words.
-fn words(state: Target) -> &'static str {
-    match state {
-        Target::Waiting => "is on its way",
-        Target::Loaded => "has arrived and stands still; its source's word decides",
-        Target::Committing | Target::Starting { .. } => "is being let run",
-        Target::Here => "runs here; its source does not know yet",
-        Target::Lost => "had begun to run, and its VMM has ended",
-        Target::Discarding | Target::Closing(RunsOn::Source) => "is being given up",
-        Target::Over(RunsOn::Source) => "was given up",
-        Target::Closing(_) | Target::Over(_) => "runs here",
-    }
-}
-
-/// What a full check of guest RAM needs, on a thread of its own.
-struct Check {
-    name: String,
-    placed: Arc<Placed>,
-    ram: Arc<GuestRam>,
-    key: Arc<FingerprintKey>,
-}
-
-impl Check {
-    /// Fingerprints all of guest RAM anew and compares with `digest`.
-    fn reread(&self, digest: &Digest) -> bool {
-        match full_digest(&self.ram, &self.key) {
-            Ok(again) => again == *digest,
-            Err(error) => {
-                tracing::error!(vm = %self.name, %error, "guest RAM cannot be read again");
-                false
-            }
-        }
     }
 }

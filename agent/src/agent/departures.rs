@@ -28,6 +28,7 @@ use crate::vmm::direct::SourceVm;
 use crate::vmm::ram::GuestRam;
 use std::collections::BTreeMap;
 use std::io;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -264,7 +265,7 @@ impl Agent {
             flight,
             source,
             key,
-            socket: self.config.run_dir.join(format!("{name}.out.sock")),
+            socket: self.state_socket(&name),
             commands,
             steps,
             turn: wait_for_turn,
@@ -276,6 +277,11 @@ impl Agent {
             agent.settled(&care);
         });
         Ok(())
+    }
+
+    /// Where a VM's VMM sends its device state.
+    pub(super) fn state_socket(&self, vm: &str) -> PathBuf {
+        self.config.run_dir.join(format!("{vm}.out.sock"))
     }
 
     /// It is clear where a VM is that was to leave.

@@ -2,7 +2,7 @@
 //! to [`super::departures`] and [`super::arrivals`].
 
 use super::Agent;
-use super::arrivals::Arrival;
+use super::arrival::Arrival;
 use super::departures::Departure;
 use crate::dedup::claim::MAX_HOLDERS;
 use crate::gang::handover::machine::{Target, TargetEvent, Whose, whose_unrecorded};

@@ -7,7 +7,7 @@
 //! VMs are looked after by [`Agent::mind_landings`] until they are settled.
 
 use super::Agent;
-use super::arrivals::{Arrival, Held};
+use super::arrival::{Arrival, Held};
 use super::registry::Vm;
 use crate::gang::handover::care::DOUBT_AFTER;
 use crate::gang::handover::chain;

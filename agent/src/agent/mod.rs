@@ -5,6 +5,7 @@
 //! answer with. The VMs in its charge are in the [`registry`].
 
 mod adopted;
+mod arrival;
 mod arrivals;
 mod data;
 mod departures;
@@ -40,7 +41,7 @@ use crate::pace::policy::{Policy, PolicyError, check_meter};
 use crate::pace::{LoadReport, Meter, MeterConfig, Pacer, PolicyWatch};
 use crate::types::GangId;
 use adopted::Adopted;
-use arrivals::Arrival;
+use arrival::Arrival;
 use data::DataPlane;
 use gangs::LocalGang;
 use registry::Registry;

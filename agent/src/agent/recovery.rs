@@ -2,7 +2,7 @@
 //! earlier run. Every handover in the journal is taken up where its record and
 //! its VMM say it is, and finished or rolled back.
 
-use super::arrivals::{Arrival, Held};
+use super::arrival::{Arrival, Held};
 use super::registry::VmsFound;
 use super::{Agent, AgentCaller};
 use crate::gang::handover::care::Care;
@@ -124,6 +124,7 @@ impl Agent {
     }
 
     fn recover_leaving(self: &Rc<Self>, record: Record) {
+        let _seldom_there = std::fs::remove_file(self.state_socket(&record.vm));
         let vm = self.vms.get(&record.vm);
         let state = Source::restarted(record.step);
         let why = format!(

@@ -393,6 +393,7 @@ impl<C: Caller> Handover<C> {
         let _stale = std::fs::remove_file(&self.socket);
         let listener = UnixListener::bind(&self.socket)
             .map_err(|e| format!("socket {}: {e}", self.socket.display()))?;
+        let file = SocketFile(self.socket.clone());
         let stream = connect(
             &self.roster,
             &self.flight.target,
@@ -404,6 +405,7 @@ impl<C: Caller> Handover<C> {
         .await
         .map_err(|e| chain(&e))?;
         Ok(Device {
+            file,
             listener,
             stream,
             target_ram: ram,
@@ -414,6 +416,7 @@ impl<C: Caller> Handover<C> {
     /// state has arrived, both guests stand still.
     async fn device_state(&self, device: Device) -> Result<(), String> {
         let Device {
+            file,
             listener,
             stream,
             target_ram,
@@ -447,7 +450,7 @@ impl<C: Caller> Handover<C> {
             }
         };
         let outcome = tokio::try_join!(relaying, sending, arriving);
-        let _ = std::fs::remove_file(&self.socket);
+        drop(file);
         outcome?;
         self.hold_for_tests(&target_ram).await;
         Ok(())
@@ -479,9 +482,19 @@ impl<C: Caller> Handover<C> {
 
 /// What is ready for the device state.
 struct Device {
+    file: SocketFile,
     listener: UnixListener,
     stream: crate::net::Stream,
     target_ram: String,
+}
+
+/// Removes a socket's file when it is not needed any more.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _gone_already = std::fs::remove_file(&self.0);
+    }
 }
 
 /// An error with its sources, in one line.

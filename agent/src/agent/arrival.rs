@@ -1,0 +1,258 @@
+//! One VM that arrives at this host: its VMM, where its pages go, and how far
+//! its handover has come.
+
+use crate::api::types::VmInfo;
+use crate::dedup::fingerprint::FingerprintKey;
+use crate::dedup::target_vm::TargetVm as Placed;
+use crate::gang::handover::care::Care;
+use crate::gang::handover::machine::{RunsOn, Target};
+use crate::gang::message::Digest;
+use crate::gang::target::TargetGang;
+use crate::gang::verify::full_digest;
+use crate::types::{GangId, VmIndex};
+use crate::vmm::definition::{Definition, VmPaths};
+use crate::vmm::direct::TargetVm;
+use crate::vmm::launch::{Vmm, has_leftover};
+use crate::vmm::ram::GuestRam;
+use std::cell::{Cell, RefCell};
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// One VM on its way in.
+pub(super) struct Arrival {
+    pub(super) gang: GangId,
+    pub(super) name: String,
+    /// The agent it comes from.
+    pub(super) from: String,
+    pub(super) definition: Definition,
+    pub(super) files: VmPaths,
+    pub(super) ram_bytes: u64,
+    pub(super) socket: PathBuf,
+    /// While pages are placed; a restarted agent has none of it.
+    pub(super) pages: RefCell<Option<Pages>>,
+    vmm: RefCell<Held>,
+    state: Cell<Target>,
+    /// Whether its guest is to run.
+    pub(super) run: Cell<bool>,
+    pub(super) care: Rc<Care>,
+    /// When its source spoke last.
+    heard: Cell<Instant>,
+    /// How long the last record took to become durable.
+    pub(super) journal_took: Cell<Duration>,
+    /// Somebody is looking after it.
+    pub(super) minded: Cell<bool>,
+    pub(super) fenced: Cell<Option<Instant>>,
+    /// Serialises the steps of the handover.
+    pub(super) step: tokio::sync::Mutex<()>,
+}
+
+/// What there is of the VM here.
+pub(super) enum Held {
+    /// A stopped VMM that ends with us.
+    Waiting(Box<TargetVm>),
+    /// One that lives on without us: it has all of its state.
+    Kept(Vmm),
+    /// None, or it is out of reach for the moment.
+    Nothing,
+}
+
+/// What pages are placed with.
+pub(super) struct Pages {
+    pub(super) side: Arc<TargetGang>,
+    pub(super) index: VmIndex,
+    pub(super) placed: Arc<Placed>,
+    pub(super) ram: Arc<GuestRam>,
+    pub(super) key: Arc<FingerprintKey>,
+}
+
+impl Arrival {
+    /// A VM that begins to arrive, or that a restarted agent found.
+    pub(super) fn new(
+        from: &str,
+        definition: Definition,
+        files: VmPaths,
+        held: Held,
+        state: Target,
+        care: Care,
+    ) -> Self {
+        let arrival = Arrival {
+            gang: care.gang,
+            name: care.vm.clone(),
+            from: from.to_owned(),
+            ram_bytes: definition.ram_bytes,
+            socket: files.dir.join("state.sock"),
+            definition,
+            files,
+            pages: RefCell::default(),
+            vmm: RefCell::new(held),
+            state: Cell::new(state),
+            run: Cell::new(false),
+            care: Rc::new(care),
+            heard: Cell::new(Instant::now()),
+            journal_took: Cell::default(),
+            minded: Cell::new(false),
+            fenced: Cell::default(),
+            step: tokio::sync::Mutex::new(()),
+        };
+        arrival.enter(state);
+        arrival
+    }
+
+    /// For `drover vm list`, while the VM is not here yet.
+    pub(super) fn info(&self) -> Option<VmInfo> {
+        let pid = match &*self.vmm.borrow() {
+            Held::Waiting(vm) => vm.vmm().process.pid() as u32,
+            Held::Kept(vmm) => vmm.process.pid() as u32,
+            Held::Nothing => 0,
+        };
+        let arriving = matches!(
+            self.state(),
+            Target::Waiting | Target::Loaded | Target::Committing
+        );
+        arriving.then(|| VmInfo {
+            name: self.name.clone(),
+            kind: "qemu-direct".to_owned(),
+            status: match self.care.in_doubt() {
+                Some(_) => "in doubt".to_owned(),
+                None => "incoming".to_owned(),
+            },
+            ram_bytes: self.ram_bytes,
+            pages_scanned: 0,
+            dirty_bytes_per_s: None,
+            pid,
+            qmp: self.files.qmp(),
+            domain: self.definition.domain.clone(),
+        })
+    }
+
+    pub(super) fn state(&self) -> Target {
+        self.state.get()
+    }
+
+    pub(super) fn enter(&self, state: Target) {
+        self.state.set(state);
+        self.care.enter(words(state));
+        if matches!(state, Target::Here) {
+            self.forget_pages();
+        }
+    }
+
+    /// Its source has spoken.
+    pub(super) fn heard(&self) {
+        self.heard.set(Instant::now());
+    }
+
+    pub(super) fn silent_for(&self) -> Duration {
+        self.heard.get().elapsed()
+    }
+
+    pub(super) fn only_from(&self, from: &str) -> Result<(), String> {
+        match from == self.from {
+            true => Ok(()),
+            false => Err(format!("VM {} does not come here from {from}", self.name)),
+        }
+    }
+
+    /// Whether its VMM has ended.
+    pub(super) fn has_died(&self) -> bool {
+        match &*self.vmm.borrow() {
+            Held::Waiting(vm) => !vm.vmm().process.is_alive(),
+            Held::Kept(vmm) => !vmm.process.is_alive(),
+            Held::Nothing => !has_leftover(&self.files),
+        }
+    }
+
+    /// From now on the VMM lives on without us.
+    pub(super) fn keep(&self) {
+        let held = self.take_held();
+        self.hold(match held {
+            Held::Waiting(vm) => Held::Kept(vm.keep()),
+            other => other,
+        });
+    }
+
+    pub(super) fn kept(&self) -> Option<Vmm> {
+        match &*self.vmm.borrow() {
+            Held::Kept(vmm) => Some(vmm.clone()),
+            _ => None,
+        }
+    }
+
+    pub(super) fn take_held(&self) -> Held {
+        self.vmm.replace(Held::Nothing)
+    }
+
+    pub(super) fn hold(&self, held: Held) {
+        self.vmm.replace(held);
+    }
+
+    pub(super) fn take_waiting(&self) -> Result<Box<TargetVm>, String> {
+        match (self.state(), self.take_held()) {
+            (Target::Waiting, Held::Waiting(vm)) => Ok(vm),
+            (state, held) => {
+                self.hold(held);
+                Err(format!("VM {} {} there", self.name, words(state)))
+            }
+        }
+    }
+
+    /// No page is placed any more.
+    pub(super) fn forget_pages(&self) {
+        if let Some(pages) = self.pages.borrow_mut().take()
+            && self.state() != Target::Here
+        {
+            pages.side.store.remove_vm(pages.index);
+        }
+    }
+
+    pub(super) fn check_work(&self) -> Result<(Arc<TargetGang>, Check), String> {
+        let pages = self.pages.borrow();
+        let pages = pages
+            .as_ref()
+            .ok_or_else(|| format!("VM {} was given up here", self.name))?;
+        let work = Check {
+            name: self.name.clone(),
+            placed: pages.placed.clone(),
+            ram: pages.ram.clone(),
+            key: pages.key.clone(),
+        };
+        Ok((pages.side.clone(), work))
+    }
+}
+
+/// A state in an operator's words.
+fn words(state: Target) -> &'static str {
+    match state {
+        Target::Waiting => "is on its way",
+        Target::Loaded => "has arrived and stands still; its source's word decides",
+        Target::Committing | Target::Starting { .. } => "is being let run",
+        Target::Here => "runs here; its source does not know yet",
+        Target::Lost => "had begun to run, and its VMM has ended",
+        Target::Discarding | Target::Closing(RunsOn::Source) => "is being given up",
+        Target::Over(RunsOn::Source) => "was given up",
+        Target::Closing(_) | Target::Over(_) => "runs here",
+    }
+}
+
+/// What a full check of guest RAM needs, on a thread of its own.
+pub(super) struct Check {
+    name: String,
+    pub(super) placed: Arc<Placed>,
+    pub(super) ram: Arc<GuestRam>,
+    pub(super) key: Arc<FingerprintKey>,
+}
+
+impl Check {
+    /// Fingerprints all of guest RAM anew and compares with `digest`.
+    pub(super) fn reread(&self, digest: &Digest) -> bool {
+        match full_digest(&self.ram, &self.key) {
+            Ok(again) => again == *digest,
+            Err(error) => {
+                tracing::error!(vm = %self.name, %error, "guest RAM cannot be read again");
+                false
+            }
+        }
+    }
+}
