@@ -7,6 +7,7 @@
 //! kernel and in this crate's tests.
 #![no_std]
 
+pub mod fault;
 pub mod frame;
 
 /// Name of the classifier for frames that leave through an uplink.

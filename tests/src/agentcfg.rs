@@ -5,6 +5,7 @@ use crate::qemu::{Guest, Places, QEMU};
 use crate::topology::{Host, Lab, rack_prefix};
 use anyhow::{Context, Result};
 use drover::config::ClusterSecret;
+use drover::gang::plant::Plant;
 use drover::pki;
 use std::fmt::Write;
 use std::fs;
@@ -22,6 +23,8 @@ pub struct AgentOptions {
     pub plaintext: bool,
     /// Where agents show and hold the moments of a handover.
     pub moments: Option<PathBuf>,
+    /// The bug that they are to have: they are another program then.
+    pub plant: Option<Plant>,
     /// Use the eBPF meter; policies without it pace by queueing alone.
     pub meter: bool,
     /// Further lines for `policy.toml`.
@@ -36,6 +39,7 @@ impl Default for AgentOptions {
             hold_at_switch: None,
             plaintext: false,
             moments: None,
+            plant: None,
             meter: true,
             policy: String::new(),
             log: "info".into(),
@@ -90,13 +94,18 @@ impl AgentFiles {
     }
 }
 
+/// Where the agent on this host keeps its journal.
+pub fn state_dir(host: &Host) -> PathBuf {
+    host.run_dir.join("state")
+}
+
 /// Writes everything the agent on `host` needs, and makes its folders.
 ///
 /// # Errors
 /// When a file cannot be written.
 pub fn write(lab: &Lab, host: &Host, options: &AgentOptions) -> Result<AgentFiles> {
     let files = AgentFiles::of(host);
-    let state = host.run_dir.join("state");
+    let state = state_dir(host);
     for folder in [&files.definitions, &files.run_dir, &files.ram_dir, &state] {
         fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
     }

@@ -6,6 +6,7 @@ use crate::registry;
 use crate::topology::{Host, Lab};
 use anyhow::{Context, Result, bail};
 use drover::api::types::{GangReport, StatusInfo};
+use drover::gang::plant::{self, Plant};
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -31,6 +32,23 @@ pub fn binary() -> Result<PathBuf> {
     Ok(path)
 }
 
+/// The `drover` that can be told to have a bug: `DROVER_PLANTED_BIN`, or the one
+/// that `cargo xtask` builds.
+///
+/// # Errors
+/// When it is not there, with what to run.
+pub fn planted_binary() -> Result<PathBuf> {
+    let path = std::env::var_os("DROVER_PLANTED_BIN")
+        .map_or_else(|| cache::target_dir().join("planted/drover"), PathBuf::from);
+    if !path.is_file() {
+        bail!(
+            "{} is missing: run `cargo xtask build --planted`, or set DROVER_PLANTED_BIN",
+            path.display()
+        );
+    }
+    Ok(path)
+}
+
 /// One running agent. Dropping it ends the process.
 #[derive(Debug)]
 pub struct Agent {
@@ -38,24 +56,33 @@ pub struct Agent {
     pub name: String,
     /// Its files.
     pub files: AgentFiles,
+    plant: Option<Plant>,
+    program: PathBuf,
     child: Child,
     pidfd: OwnedFd,
 }
 
 impl Agent {
-    fn spawn(host: &Host, files: AgentFiles) -> Result<Agent> {
+    fn spawn(host: &Host, files: AgentFiles, plant: Option<Plant>) -> Result<Agent> {
+        let program = match plant {
+            Some(_) => planted_binary()?,
+            None => binary()?,
+        };
         let log = File::options().create(true).append(true).open(&files.log)?;
-        let mut command = host.ns.command(binary()?);
+        let mut command = host.ns.command(&program);
         command.arg("agent").arg("--config").arg(&files.config);
         command
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
-            .stderr(log);
+            .stderr(log)
+            .envs(plant.map(|bug| (plant::VARIABLE, bug.name())));
         let child = command.spawn().context("cannot run drover agent")?;
         let pidfd = registry::pidfd(child.id() as i32)?;
         Ok(Agent {
             name: host.name.clone(),
             files,
+            plant,
+            program,
             child,
             pidfd,
         })
@@ -89,7 +116,7 @@ impl Agent {
     /// # Errors
     /// When the binary is missing.
     pub fn command(&self, args: &[&str]) -> Result<Command> {
-        let mut command = Command::new(binary()?);
+        let mut command = Command::new(&self.program);
         command
             .arg("--socket")
             .arg(&self.files.socket)
@@ -133,7 +160,7 @@ impl Agent {
     /// # Errors
     /// When it does not come up.
     pub fn start_again(&mut self, host: &Host) -> Result<()> {
-        *self = Agent::spawn(host, self.files.clone())?;
+        *self = Agent::spawn(host, self.files.clone(), self.plant)?;
         self.ready()
     }
 
@@ -213,7 +240,8 @@ impl Cluster {
         agentcfg::write_pki(lab)?;
         let mut agents = Vec::new();
         for host in &lab.hosts {
-            agents.push(Agent::spawn(host, agentcfg::write(lab, host, &options)?)?);
+            let files = agentcfg::write(lab, host, &options)?;
+            agents.push(Agent::spawn(host, files, options.plant)?);
         }
         for agent in &mut agents {
             agent.ready()?;

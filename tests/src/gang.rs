@@ -292,28 +292,37 @@ impl RunningVm {
     /// # Errors
     /// When it finds wrong data or does not answer.
     pub fn verify(&self) -> Result<()> {
-        let serial = self.serial();
-        let context = || format!("VM {} on {}", self.name, self.host);
-        let before = serial.verified().with_context(context)?;
-        let newer = |text: &str| {
-            let all = text.lines().filter_map(|l| l.strip_prefix("VERIFIED "));
-            all.filter_map(|l| l.split(' ').next()?.parse::<u64>().ok())
-                .any(|n| n > before)
-        };
-        // A VMM that does not get the CPU for a while drops what it has not
-        // read of its control port when the connection closes.
-        let until = Instant::now() + VERIFY;
-        loop {
-            self.tell("verify").with_context(context)?;
-            let left = until.saturating_duration_since(Instant::now());
-            match serial.wait("VERIFIED", left.min(ASK_AGAIN), newer) {
-                Ok(_) => break,
-                Err(error) if Instant::now() >= until => return Err(error).with_context(context),
-                Err(_) => drop(serial.text().with_context(context)?),
-            }
-        }
-        serial.ticks_on(2, TICKS).with_context(context)
+        verify(&self.name, &self.host, &self.at)
     }
+}
+
+/// Lets the guest of the VM `name` check all of its data, then tick on.
+///
+/// # Errors
+/// When it finds wrong data or does not answer.
+pub fn verify(name: &str, host: &str, at: &Places) -> Result<()> {
+    let serial = Serial::new(&at.serial);
+    let context = || format!("VM {name} on {host}");
+    let before = serial.verified().with_context(context)?;
+    let newer = |text: &str| {
+        let all = text.lines().filter_map(|l| l.strip_prefix("VERIFIED "));
+        all.filter_map(|l| l.split(' ').next()?.parse::<u64>().ok())
+            .any(|n| n > before)
+    };
+    // A VMM that does not get the CPU for a while drops what it has not
+    // read of its control port when a connection closes: this one stays open,
+    // but an earlier one may have left half a line.
+    let until = Instant::now() + VERIFY;
+    loop {
+        let _open = qemu::say_to_guest(Path::new(&at.control), "verify").with_context(context)?;
+        let left = until.saturating_duration_since(Instant::now());
+        match serial.wait("VERIFIED", left.min(ASK_AGAIN), newer) {
+            Ok(_) => break,
+            Err(error) if Instant::now() >= until => return Err(error).with_context(context),
+            Err(_) => drop(serial.text().with_context(context)?),
+        }
+    }
+    serial.ticks_on(2, TICKS).with_context(context)
 }
 
 /// Times a VM's stop by the events of both VMMs: from the last STOP at the

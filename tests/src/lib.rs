@@ -8,11 +8,12 @@
 //!   run agents and the `drover` command.
 //! - [`check`] compares guest RAM and watches guests; [`tenant`] is the
 //!   traffic that a migration should not hurt.
-//! - [`bench`] measures; [`demo`] tells.
+//! - [`bench`] measures; [`demo`] tells; [`chaos`] breaks things.
 pub mod agentcfg;
 pub mod bench;
 pub mod cache;
 pub mod capture;
+pub mod chaos;
 pub mod check;
 pub mod cpu;
 pub mod demo;

@@ -364,17 +364,26 @@ fn connect(child: &mut Child, socket: &Path, log: &Path) -> Result<Qmp> {
 /// # Errors
 /// When nothing listens there.
 pub fn tell_guest(control: &Path, line: &str) -> Result<()> {
+    let _open = say_to_guest(control, line)?;
+    // On a machine that is busy with builds this takes a while.
+    std::thread::sleep(Duration::from_millis(1500));
+    Ok(())
+}
+
+/// As [`tell_guest`], and returns the connection: what QEMU has not read of it
+/// when it closes is lost, so whoever waits for an answer keeps it.
+///
+/// # Errors
+/// As [`tell_guest`].
+pub fn say_to_guest(control: &Path, line: &str) -> Result<UnixStream> {
     let mut socket = UnixStream::connect(control)
         .with_context(|| format!("control port at {}", control.display()))?;
-    // A serial FIFO holds 16 bytes; QEMU stops reading when it is full, and
-    // drops what it has not read when the connection closes.
+    // A serial FIFO holds 16 bytes; QEMU stops reading when it is full.
     for piece in format!("{line}\n").as_bytes().chunks(8) {
         socket.write_all(piece)?;
         std::thread::sleep(Duration::from_millis(30));
     }
-    // On a machine that is busy with builds this takes a while.
-    std::thread::sleep(Duration::from_millis(1500));
-    Ok(())
+    Ok(socket)
 }
 
 /// Copies a file extent by extent, so that holes stay holes.

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// How long a command may take to be answered.
+/// How long a command may take to be answered, unless told otherwise.
 const ANSWER: Duration = Duration::from_secs(20);
 
 /// An event as QEMU sent it.
@@ -43,6 +43,7 @@ pub struct Qmp {
     events: VecDeque<Event>,
     seen: Vec<Event>,
     next_id: u64,
+    patience: Duration,
 }
 
 impl Qmp {
@@ -51,6 +52,14 @@ impl Qmp {
     /// # Errors
     /// When nothing listens on `socket`, or it is no QMP server.
     pub fn connect(socket: &Path) -> Result<Qmp> {
+        Qmp::connect_within(socket, ANSWER)
+    }
+
+    /// As [`Qmp::connect`], with so much time for each answer.
+    ///
+    /// # Errors
+    /// As [`Qmp::connect`].
+    pub fn connect_within(socket: &Path, patience: Duration) -> Result<Qmp> {
         let writer =
             UnixStream::connect(socket).with_context(|| format!("QMP at {}", socket.display()))?;
         let reader = BufReader::new(writer.try_clone()?);
@@ -61,8 +70,9 @@ impl Qmp {
             events: VecDeque::new(),
             seen: Vec::new(),
             next_id: 0,
+            patience,
         };
-        let greeting = qmp.message(Instant::now() + ANSWER)?;
+        let greeting = qmp.message(Instant::now() + patience)?;
         if greeting.is_none_or(|g| g.get("QMP").is_none()) {
             bail!("{} did not greet like QMP", socket.display());
         }
@@ -98,7 +108,7 @@ impl Qmp {
     /// are kept for [`Qmp::wait_event`].
     ///
     /// # Errors
-    /// When QEMU refuses, dies, or does not answer within 20 s.
+    /// When QEMU refuses, dies, or does not answer in time.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
         self.next_id += 1;
         let id = self.next_id;
@@ -107,7 +117,7 @@ impl Qmp {
             json!({"execute": command, "arguments": arguments, "id": id})
         );
         self.writer.write_all(line.as_bytes())?;
-        let until = Instant::now() + ANSWER;
+        let until = Instant::now() + self.patience;
         loop {
             let message = self
                 .message(until)?

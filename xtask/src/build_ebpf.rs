@@ -1,4 +1,5 @@
-//! `cargo xtask build-ebpf`: the meter, for `bpfel-unknown-none`.
+//! `cargo xtask build-ebpf`: the meter, and the bad link of the tests, for
+//! `bpfel-unknown-none`.
 use crate::setup::{BpfRust, bpf_rust};
 use crate::shell::{self, cargo_bin, root, target, which};
 use anyhow::{Context, Result, bail};
@@ -7,9 +8,13 @@ use std::process::Command;
 
 const BPF_TARGET: &str = "bpfel-unknown-none";
 
-/// Where the agent's build script looks for the object.
-pub(crate) fn object() -> PathBuf {
-    target().join("bpf/drover-meter.o")
+/// The programs: the agent's build script embeds the first, the tests load
+/// the second.
+const PROGRAMS: [&str; 2] = ["drover-meter", "drover-link-faults"];
+
+/// Where the objects are looked for.
+fn object(program: &str) -> PathBuf {
+    target().join(format!("bpf/{program}.o"))
 }
 
 pub(crate) fn run() -> Result<()> {
@@ -53,22 +58,27 @@ pub(crate) fn run() -> Result<()> {
             .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")
             .args(["build", "--release", "--quiet", "-Zbuild-std=core"])
             .args(["--target", BPF_TARGET, "--package", "drover-ebpf"])
-            .args(["--bin", "drover-meter", "--features", "bpf", "--target-dir"])
+            .args(PROGRAMS.iter().flat_map(|program| ["--bin", program]))
+            .args(["--features", "bpf", "--target-dir"])
             .arg(&built_in),
     )
-    .with_context(|| format!("the eBPF meter was not built (with {})", rust.name()))?;
+    .with_context(|| format!("the eBPF programs were not built (with {})", rust.name()))?;
 
-    let built = built_in.join(BPF_TARGET).join("release/drover-meter");
-    let new = std::fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
-    // An object that did not change keeps its date, so that the agent is not
-    // built again for nothing.
-    if std::fs::read(object()).is_ok_and(|old| old == new) {
-        return Ok(());
-    }
     let dir = target().join("bpf");
     std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
-    std::fs::write(object(), new)
-        .with_context(|| format!("cannot write {}", object().display()))?;
-    eprintln!("build-ebpf: {} (with {})", object().display(), rust.name());
+    for program in PROGRAMS {
+        let built = built_in.join(BPF_TARGET).join("release").join(program);
+        let new =
+            std::fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
+        // An object that did not change keeps its date, so that the agent is
+        // not built again for nothing.
+        let object = object(program);
+        if std::fs::read(&object).is_ok_and(|old| old == new) {
+            continue;
+        }
+        std::fs::write(&object, new)
+            .with_context(|| format!("cannot write {}", object.display()))?;
+        eprintln!("build-ebpf: {} (with {})", object.display(), rust.name());
+    }
     Ok(())
 }

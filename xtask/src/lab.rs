@@ -9,7 +9,7 @@ use std::process::Command;
 pub(crate) struct Passed {
     /// Passed on; `--help` tells what they can be
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, num_args = 0..)]
-    args: Vec<String>,
+    pub(crate) args: Vec<String>,
 }
 
 /// Benchmarks that need neither root nor a lab: the agent runs them itself.

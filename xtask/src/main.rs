@@ -5,6 +5,7 @@
 mod audit;
 mod build;
 mod build_ebpf;
+mod chaos;
 mod dist;
 mod fuzz;
 mod lab;
@@ -27,10 +28,10 @@ struct Args {
 enum Command {
     /// Install (as root, on Debian) or name what the project needs
     Setup(setup::Args),
-    /// Build the eBPF meter
+    /// Build the eBPF programs
     BuildEbpf,
-    /// Build the eBPF meter and the release binary that embeds it
-    Build,
+    /// Build the eBPF programs and the release binary that embeds the meter
+    Build(build::Args),
     /// Lints, unit tests, then the tests that need root
     Test(test::Args),
     /// Move a gang between two racks of a lab, and show what happened
@@ -42,6 +43,9 @@ enum Command {
     /// Measure: gang, fingerprint, claims, lane
     #[command(disable_help_flag = true)]
     Bench(lab::Passed),
+    /// Break things at every moment of a handover; --help tells how
+    #[command(disable_help_flag = true)]
+    Chaos(lab::Passed),
     /// Feed random bytes to the parsers of bytes from outside (needs nightly)
     Fuzz(fuzz::Args),
     /// Check unsafe code, licences and advisories of dependencies
@@ -54,11 +58,12 @@ fn main() -> ExitCode {
     let done = match Args::parse().command {
         Command::Setup(args) => setup::run(&args),
         Command::BuildEbpf => build_ebpf::run(),
-        Command::Build => build::run(),
+        Command::Build(args) => build::from_args(&args),
         Command::Test(args) => test::run(&args),
         Command::Demo(passed) => lab::run(Some("demo"), &passed),
         Command::Lab(passed) => lab::run(None, &passed),
         Command::Bench(passed) => lab::bench(&passed),
+        Command::Chaos(passed) => chaos::run(&passed),
         Command::Fuzz(args) => fuzz::run(&args),
         Command::Audit(args) => audit::run(&args),
         Command::Dist(args) => dist::run(&args),

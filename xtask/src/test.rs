@@ -57,6 +57,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         setup::everything()?;
     }
     if !args.unit {
+        build::planted()?;
         build::run()?;
     }
     if !args.no_lint && !args.e2e && args.filter.is_none() {

@@ -8,7 +8,7 @@
 //!   the [`inbox`]. [`rounds`] decides when to go round again.
 //! * On the target host: [`target`].
 //! * [`handover`] moves the VM itself, once; [`journal`] is its durable record;
-//!   [`moments`] lets tests stop it anywhere.
+//!   [`moments`] lets tests stop it anywhere, [`plant`] lets it fail on purpose.
 
 pub mod claims;
 pub mod coordinator;
@@ -19,6 +19,7 @@ pub mod journal;
 pub mod message;
 pub mod moments;
 pub mod plan;
+pub mod plant;
 pub mod rounds;
 pub mod scan;
 pub mod slots;

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use tests::bench::{self, Variant, output};
+use tests::chaos::args::ChaosArgs;
 use tests::demo::{self, Guests, Setup};
 use tests::qemu::Workload;
 use tests::topology::Shape;
@@ -41,6 +42,8 @@ enum Command {
         #[arg(long)]
         all: bool,
     },
+    /// Break things at every moment of a handover, and look at what becomes of it.
+    Chaos(ChaosArgs),
     /// Measure.
     Bench {
         #[command(subcommand)]
@@ -189,6 +192,7 @@ fn main() -> Result<()> {
             }
             Ok(())
         }
+        Command::Chaos(args) => args.run(),
         Command::Bench {
             what: Bench::Gang(args),
         } => bench_gang(&args),

@@ -31,6 +31,7 @@ use crate::gang::coordinator::Caller;
 use crate::gang::flight::Flight;
 use crate::gang::message::{GangRequest, GangResponse, GangSpec, Phase, Verify};
 use crate::gang::moments::Moment;
+use crate::gang::plant::{self, Plant};
 use crate::gang::scan::{Command, Step};
 use crate::gang::verify::full_digest;
 use crate::net::{Kind, Roster, connect};
@@ -221,7 +222,10 @@ impl<C: Caller> Handover<C> {
         self.live.stopped.set(Some(Instant::now()));
         self.leaving.record.run = self.source.pause().await.map_err(|e| chain(&e))?;
         self.reach(Moment::Paused).await;
-        self.last_pages().await?;
+        // What that leaves out, the target never gets.
+        if !plant::has(Plant::EarlyResume) {
+            self.last_pages().await?;
+        }
         self.reach(Moment::Sealed).await;
         tokio::select! {
             sent = self.device_state(device) => sent?,
