@@ -1,5 +1,6 @@
 //! A bad link for the tests: a classifier that drops frames, or changes a byte
 //! in them below TCP. Never part of an agent.
+#![allow(unsafe_code)]
 #![no_std]
 #![no_main]
 #![allow(

@@ -3,6 +3,7 @@
 //! A link is down by `ip link`; for the rest eBPF classifiers sit on the
 //! switches' interfaces, where frames arrive: this kernel may have no netem.
 //! See `agent-ebpf/src/link_faults.rs`.
+#![allow(unsafe_code)]
 
 use crate::cache;
 use crate::netns::Netns;
