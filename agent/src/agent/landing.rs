@@ -311,7 +311,7 @@ impl Agent {
             if Instant::now() > until {
                 return Err(format!(
                     "VM {vm} has come here from {}, which has not confirmed it yet: its agent \
-                     must be reached before the VM can be moved on",
+                     must be reached before the VM can be moved on, started or ended here",
                     arrival.from
                 ));
             }

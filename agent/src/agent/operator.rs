@@ -36,23 +36,12 @@ impl Agent {
             ApiCall::Status { reply } => drop(reply.send(Ok(self.status()))),
             ApiCall::ListVms { reply } => drop(reply.send(Ok(self.list_vms().await))),
             ApiCall::RunVm { request, reply } => {
-                let ran = self.vms.run(&self.config, &request.name).await;
-                drop(reply.send(match ran {
-                    Ok(vm) => Ok(self.vm_info(&vm).await),
-                    Err(error) => Err(error),
-                }));
+                drop(reply.send(self.run_vm(&request.name).await));
             }
             ApiCall::AdoptVm { request, reply } => {
-                let adopted = self
-                    .vms
-                    .adopt(&self.config, &request.name, &request.qmp)
-                    .await;
-                drop(reply.send(match adopted {
-                    Ok(vm) => Ok(self.vm_info(&vm).await),
-                    Err(error) => Err(error),
-                }));
+                drop(reply.send(self.adopt_vm(&request.name, &request.qmp).await));
             }
-            ApiCall::StopVm { name, reply } => drop(reply.send(self.vms.stop(&name).await)),
+            ApiCall::StopVm { name, reply } => drop(reply.send(self.stop_vm(&name).await)),
             ApiCall::StartMigration { request, reply } => {
                 drop(reply.send(self.start_migration(request).await));
             }
@@ -67,6 +56,35 @@ impl Agent {
             }
             ApiCall::Metrics { reply } => drop(reply.send(Ok(self.metrics()))),
         }
+    }
+
+    async fn run_vm(&self, name: &str) -> Result<VmInfo, ApiError> {
+        self.no_landing(name).await?;
+        let vm = self.vms.run(&self.config, name).await?;
+        Ok(self.vm_info(&vm).await)
+    }
+
+    async fn adopt_vm(&self, name: &str, qmp: &Path) -> Result<VmInfo, ApiError> {
+        self.no_landing(name).await?;
+        let vm = self.vms.adopt(&self.config, name, qmp).await?;
+        Ok(self.vm_info(&vm).await)
+    }
+
+    async fn stop_vm(&self, name: &str) -> Result<(), ApiError> {
+        self.no_landing(name).await?;
+        self.vms.stop(name).await
+    }
+
+    /// While the source of a VM that came here does not know that it runs
+    /// here, or its handover is in doubt, nobody starts or ends it unasked.
+    async fn no_landing(&self, name: &str) -> Result<(), ApiError> {
+        self.settle_landing(name).await.map_err(|why| {
+            ApiError::new(
+                ErrorKind::Conflict,
+                why,
+                "`drover status` here says what it waits for, and how to decide it",
+            )
+        })
     }
 
     fn status(&self) -> StatusInfo {

@@ -84,6 +84,7 @@ impl Registry {
     pub(super) async fn run(&self, config: &AgentConfig, name: &str) -> Result<Vm, ApiError> {
         let definition = self.definition(config, name)?;
         self.refuse_twice(&definition.name)?;
+        self.clear_ended(&definition.name)?;
         let files = VmPaths::new(&config.run_dir, &config.ram_dir, &definition.name);
         let launched = Launched::start(&definition, &files, &config.placeholders, Role::Run)
             .await
@@ -164,18 +165,26 @@ impl Registry {
         }
     }
 
+    /// Removes what is left of a VM whose VMM has ended, by itself or by its
+    /// guest's shutdown: nothing of its RAM is of use to anybody.
+    fn clear_ended(&self, name: &str) -> Result<(), ApiError> {
+        let Some(ended) = self.get(name) else {
+            return Ok(());
+        };
+        refuse_leaving(&ended, name)?;
+        if let Some(files) = &ended.files {
+            remove_files(files);
+        }
+        self.remove(name);
+        Ok(())
+    }
+
     /// Ends a VM and removes the files an agent made for it.
     pub(super) async fn stop(&self, name: &str) -> Result<(), ApiError> {
         let Some(vm) = self.get(name) else {
             return Err(not_found(name));
         };
-        if let Some(gang) = vm.leaving {
-            return Err(ApiError::new(
-                ErrorKind::Conflict,
-                format!("VM {name} is being moved by gang {gang}"),
-                "cancel the migration first",
-            ));
-        }
+        refuse_leaving(&vm, name)?;
         vm.vmm
             .end()
             .await
@@ -236,6 +245,18 @@ impl Registry {
                 }
             }
         }
+    }
+}
+
+/// Whoever moves a VM has the say over it.
+fn refuse_leaving(vm: &Vm, name: &str) -> Result<(), ApiError> {
+    match vm.leaving {
+        Some(gang) => Err(ApiError::new(
+            ErrorKind::Conflict,
+            format!("VM {name} is being moved by gang {gang}"),
+            "cancel the migration first",
+        )),
+        None => Ok(()),
     }
 }
 
