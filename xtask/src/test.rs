@@ -24,7 +24,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 15)]
     program_limit_min: u64,
     /// Longest that all of them may run; what has not begun by then fails
-    #[arg(long, default_value_t = 75)]
+    #[arg(long, default_value_t = 58)]
     limit_min: u64,
 }
 
