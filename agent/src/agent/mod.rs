@@ -21,7 +21,6 @@ mod resolve;
 
 use crate::api::{Access, ApiLimits, ApiServer, ServeError};
 use crate::config::{AgentConfig, ClusterSecret, GroupError, SecretError};
-use crate::dedup::fingerprint;
 use crate::gang::coordinator::{Caller, Gang};
 use crate::gang::handover::care::Care;
 use crate::gang::handover::chain;
@@ -71,9 +70,6 @@ pub enum AgentError {
     /// No certificate and key.
     #[error("cannot use this agent's certificate")]
     Tls(#[from] PkiError),
-    /// The secret is not one that fingerprint keys can be derived from.
-    #[error("cannot derive keys from the cluster secret")]
-    Keys(#[from] fingerprint::SecretError),
     /// A group of the API is not there.
     #[error("cannot tell who may use the API")]
     Group(#[from] GroupError),
@@ -118,7 +114,7 @@ pub enum AgentError {
 /// Everything the control thread holds.
 pub(crate) struct Agent {
     config: AgentConfig,
-    secret: fingerprint::ClusterSecret,
+    secret: ClusterSecret,
     roster: Arc<Roster>,
     policy: RefCell<PolicyWatch>,
     pacer: Pacer,
@@ -147,9 +143,8 @@ pub(crate) struct Agent {
 
 /// Runs the agent until it is told to end (SIGTERM or SIGINT).
 pub fn run(config: AgentConfig) -> Result<(), AgentError> {
-    let cluster = ClusterSecret::load(&config.secret_file)?;
-    let secret = fingerprint::ClusterSecret::from_bytes(cluster.as_bytes().to_vec())?;
-    let roster = Arc::new(Roster::from_config(&config, &cluster)?);
+    let secret = ClusterSecret::load(&config.secret_file)?;
+    let roster = Arc::new(Roster::from_config(&config, &secret)?);
     let policy = PolicyWatch::open(&config.policy)?;
     check_meter(&policy.policy(), policy.path())?;
     let journal = Journal::open(&config.state_dir)?;
@@ -187,7 +182,7 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
 impl Agent {
     fn assemble(
         config: AgentConfig,
-        secret: fingerprint::ClusterSecret,
+        secret: ClusterSecret,
         roster: Arc<Roster>,
         policy: PolicyWatch,
         journal: Journal,

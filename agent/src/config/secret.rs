@@ -121,6 +121,18 @@ mod tests {
         assert_eq!(first.as_bytes(), again.as_bytes());
     }
 
+    /// Secrets are bytes, not text: none is refused for how it ends.
+    #[test]
+    fn a_secret_that_ends_like_a_line_is_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        for end in ["0a", "0d", "20", "00"] {
+            let path = dir.path().join(end);
+            private_file::create(&path, format!("{}{end}\n", "5a".repeat(31)).as_bytes()).unwrap();
+            let secret = ClusterSecret::load(&path).unwrap();
+            assert_eq!(format!("{:02x}", secret.as_bytes()[31]), end);
+        }
+    }
+
     #[test]
     fn a_readable_or_broken_secret_is_refused() {
         let dir = tempfile::tempdir().unwrap();

@@ -3,10 +3,11 @@
 
 use super::{
     claim::{ClaimConfig, ClaimShard},
-    fingerprint::{ClusterSecret, FingerprintKey, is_zero_page},
+    fingerprint::{FingerprintKey, is_zero_page},
 };
 use crate::{
     bench::BenchRow,
+    config::ClusterSecret,
     types::{Fingerprint, HolderId, PAGE_SIZE, Page},
 };
 use ahash::AHashMap;
@@ -65,7 +66,7 @@ fn read_page(page: &Page) -> u64 {
 /// Fingerprinting on one core, beside this machine's single-core rates of reading
 /// and copying the same pages. About 2 s.
 pub fn bench_fingerprint() -> Vec<BenchRow> {
-    let secret = ClusterSecret::from_bytes((0..32).collect()).expect("32 bytes");
+    let secret = ClusterSecret::from_bytes(std::array::from_fn(|i| i as u8));
     let key = FingerprintKey::derive(&secret, "bench");
     let pages = pages();
     let bytes = PAGES * PAGE_SIZE;

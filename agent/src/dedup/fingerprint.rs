@@ -18,13 +18,14 @@
 //! only by the chance above. The one exception is the zero page: it is
 //! [`Fingerprint::ZERO`] in every domain and is recognised without the key.
 
-use crate::types::{Fingerprint, PAGE_SIZE, Page};
+use crate::{
+    config::ClusterSecret,
+    types::{Fingerprint, PAGE_SIZE, Page},
+};
 use aws_lc_rs::{
     aead::{AES_128_GCM, Aad, LessSafeKey, Nonce, UnboundKey},
     hkdf::{HKDF_SHA256, Salt},
 };
-use std::path::{Path, PathBuf};
-use zeroize::Zeroizing;
 
 /// Marks a page of which the target has nothing certain: never sent, or sent and
 /// lost. No page has this fingerprint.
@@ -36,66 +37,6 @@ pub(super) const DIGEST_BLOCK: usize = 4096;
 const NONCE_PAGE: [u8; 12] = *b"drover page1";
 const NONCE_BLOCK: [u8; 12] = *b"drover blck1";
 const NONCE_ROOT: [u8; 12] = *b"drover root1";
-
-/// Why a cluster secret cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum SecretError {
-    /// The file cannot be read.
-    #[error(
-        "cannot read the cluster secret {path}: {source}; create it with \
-         `head -c 32 /dev/urandom > {path}` on one host and copy it to all"
-    )]
-    Read {
-        /// The file named in the configuration.
-        path: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: std::io::Error,
-    },
-    /// Fewer bytes than [`ClusterSecret::MIN_BYTES`].
-    #[error("the cluster secret has {found} bytes; at least {min} random ones are needed", min = ClusterSecret::MIN_BYTES)]
-    TooShort {
-        /// Bytes found, trailing line ends not counted.
-        found: usize,
-    },
-}
-
-/// The secret all agents of a cluster share. Wiped from memory when dropped and
-/// never printed.
-pub struct ClusterSecret(Zeroizing<Vec<u8>>);
-
-impl ClusterSecret {
-    /// Fewest bytes accepted.
-    pub const MIN_BYTES: usize = 32;
-
-    /// Takes the content of a secret file. Line ends at its end are dropped, so
-    /// that a secret copied through an editor stays the same.
-    pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, SecretError> {
-        let mut bytes = Zeroizing::new(bytes);
-        while matches!(bytes.last(), Some(b'\n' | b'\r')) {
-            bytes.pop();
-        }
-        if bytes.len() < Self::MIN_BYTES {
-            return Err(SecretError::TooShort { found: bytes.len() });
-        }
-        Ok(Self(bytes))
-    }
-
-    /// Reads the secret from a file.
-    pub fn from_file(path: &Path) -> Result<Self, SecretError> {
-        let bytes = std::fs::read(path).map_err(|source| SecretError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        Self::from_bytes(bytes)
-    }
-}
-
-impl std::fmt::Debug for ClusterSecret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("ClusterSecret(..)")
-    }
-}
 
 /// The fingerprint key of one dedup domain. Cheap to use from several threads at
 /// once; the key schedule is wiped when dropped.
@@ -114,7 +55,7 @@ impl FingerprintKey {
     /// Derives the key of `domain`. The same secret and domain give the same key
     /// on every host; different domains give independent keys.
     pub fn derive(secret: &ClusterSecret, domain: &str) -> Self {
-        let prk = Salt::new(HKDF_SHA256, b"drover dedup v1").extract(&secret.0);
+        let prk = Salt::new(HKDF_SHA256, b"drover dedup v1").extract(secret.as_bytes());
         let key = |purpose: &[u8]| {
             // The purposes have one length, so purpose and domain cannot run
             // into each other.
@@ -211,7 +152,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn secret() -> ClusterSecret {
-        ClusterSecret::from_bytes((0..32).collect()).expect("long enough")
+        ClusterSecret::from_bytes(std::array::from_fn(|i| i as u8))
     }
 
     fn page(seed: u64) -> Page {
@@ -237,7 +178,7 @@ mod tests {
 
     #[test]
     fn domains_and_secrets_separate_fingerprints() {
-        let other = ClusterSecret::from_bytes(vec![9; 40]).expect("long enough");
+        let other = ClusterSecret::from_bytes([9; 32]);
         let prints: Vec<_> = [
             FingerprintKey::derive(&secret(), "a"),
             FingerprintKey::derive(&secret(), "b"),
@@ -259,17 +200,6 @@ mod tests {
         let fp = key.fingerprint(&page(1));
         let pinned = 0x1df4_966e_84ac_e494_c0f5_4573_cd96_2012_u128;
         assert_eq!(fp.0, pinned.to_be_bytes());
-    }
-
-    #[test]
-    fn short_secrets_are_refused_and_line_ends_do_not_count() {
-        let mut bytes = vec![7; 31];
-        bytes.extend(b"\r\n");
-        let err = ClusterSecret::from_bytes(bytes.clone()).expect_err("31 bytes");
-        assert!(err.to_string().contains("31 bytes"), "{err}");
-        bytes[31] = 7;
-        ClusterSecret::from_bytes(bytes).expect("32 bytes");
-        assert_eq!(format!("{:?}", secret()), "ClusterSecret(..)");
     }
 
     #[test]

@@ -1,5 +1,5 @@
 use super::*;
-use crate::dedup::fingerprint::ClusterSecret;
+use crate::config::ClusterSecret;
 use std::sync::Mutex;
 
 const ME: HolderId = HolderId(1);
@@ -32,7 +32,7 @@ fn page(i: u64) -> Page {
 }
 
 fn key() -> Arc<FingerprintKey> {
-    let secret = ClusterSecret::from_bytes(vec![1; 32]).expect("long enough");
+    let secret = ClusterSecret::from_bytes([1; 32]);
     Arc::new(FingerprintKey::derive(&secret, "test"))
 }
 
@@ -310,7 +310,7 @@ fn waiting_is_bounded() {
 #[test]
 fn domains_do_not_share_content() {
     let b = bench(8, TargetConfig::default());
-    let secret = ClusterSecret::from_bytes(vec![1; 32]).expect("long enough");
+    let secret = ClusterSecret::from_bytes([1; 32]);
     let other = Arc::new(FingerprintKey::derive(&secret, "other"));
     let memory = Arc::new(Memory((0..8).map(|_| Mutex::new(page(0))).collect()));
     let vm = b

@@ -167,11 +167,11 @@ impl Shard {
 
 #[cfg(test)]
 mod tests {
-    use super::super::fingerprint::ClusterSecret;
     use super::*;
+    use crate::config::ClusterSecret;
 
     fn key() -> Arc<FingerprintKey> {
-        let secret = ClusterSecret::from_bytes(vec![3; 32]).expect("long enough");
+        let secret = ClusterSecret::from_bytes([3; 32]);
         Arc::new(FingerprintKey::derive(&secret, "test"))
     }
 

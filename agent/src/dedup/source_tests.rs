@@ -1,5 +1,6 @@
 use super::*;
-use crate::dedup::{claim::ClaimShard, fingerprint::ClusterSecret, table::tests::fp};
+use crate::config::ClusterSecret;
+use crate::dedup::{claim::ClaimShard, table::tests::fp};
 
 const A: VmIndex = VmIndex(0);
 const B: VmIndex = VmIndex(1);
@@ -8,7 +9,7 @@ const HOST_B: HolderId = HolderId(1);
 const NO_WAIT: Duration = Duration::ZERO;
 
 fn key() -> Arc<FingerprintKey> {
-    let secret = ClusterSecret::from_bytes(vec![1; 32]).expect("long enough");
+    let secret = ClusterSecret::from_bytes([1; 32]);
     Arc::new(FingerprintKey::derive(&secret, "test"))
 }
 

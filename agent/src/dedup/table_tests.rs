@@ -72,8 +72,8 @@ fn more_pages_than_ids_are_refused_and_gaps_are_used() {
 
 #[test]
 fn an_array_digests_like_the_list_of_its_entries() {
-    use crate::dedup::fingerprint::ClusterSecret;
-    let secret = ClusterSecret::from_bytes(vec![1; 32]).expect("long enough");
+    use crate::config::ClusterSecret;
+    let secret = ClusterSecret::from_bytes([1; 32]);
     let key = FingerprintKey::derive(&secret, "a");
     for pages in [1u32, 4095, 4096, 4097, 20_000] {
         let array = FingerprintArray::new(pages);

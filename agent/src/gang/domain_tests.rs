@@ -8,8 +8,9 @@
 //! attacker's VM, to the byte, has to be the same. The same move inside one
 //! domain shows that the guess is seen where it may be.
 
+use crate::config::ClusterSecret;
 use crate::dedup::claim::{ClaimAnswer, ClaimShard, ShardMap};
-use crate::dedup::fingerprint::{ClusterSecret, FingerprintKey};
+use crate::dedup::fingerprint::FingerprintKey;
 use crate::dedup::resolve::{PageMemory, RefArrival, TargetConfig, TargetStore};
 use crate::dedup::source::{Plan, ShardNote, SourceDedup, Verdict};
 use crate::lane::decode::Decoder;
@@ -86,7 +87,7 @@ struct Staged {
 impl Hosts {
     /// Both VMs on one source host; `targets` says to which target host each goes.
     fn new(domains: [&str; 2], targets: [usize; 2]) -> Self {
-        let secret = ClusterSecret::from_bytes(vec![5; 32]).unwrap();
+        let secret = ClusterSecret::from_bytes([5; 32]);
         let source = SourceDedup::new(ShardMap::new(&[1]), 2);
         let config = TargetConfig {
             side_cache_bytes: 1 << 20,

@@ -6,9 +6,10 @@ use super::{
     vm::{Phase, SimMemory, Vm},
 };
 use crate::{
+    config::ClusterSecret,
     dedup::{
         claim::{ClaimConfig, ClaimShard, ShardMap},
-        fingerprint::{ClusterSecret, FingerprintKey},
+        fingerprint::FingerprintKey,
         resolve::{TargetConfig, TargetStore},
         source::SourceDedup,
     },
@@ -156,7 +157,7 @@ const LIMIT: u64 = 200_000;
 fn keys() -> [Arc<FingerprintKey>; 2] {
     static KEYS: OnceLock<[Arc<FingerprintKey>; 2]> = OnceLock::new();
     KEYS.get_or_init(|| {
-        let secret = ClusterSecret::from_bytes(vec![5; 32]).expect("long enough");
+        let secret = ClusterSecret::from_bytes([5; 32]);
         ["tenant a", "tenant b"].map(|domain| Arc::new(FingerprintKey::derive(&secret, domain)))
     })
     .clone()
