@@ -2,6 +2,7 @@
 //! knows their formats is here.
 
 use crate::qemu::{Guest, Places, QEMU};
+use crate::sandbox::Sandbox;
 use crate::topology::{Host, Lab, rack_prefix};
 use anyhow::{Context, Result};
 use drover::config::ClusterSecret;
@@ -31,6 +32,8 @@ pub struct AgentOptions {
     pub policy: String,
     /// Log filter.
     pub log: String,
+    /// What of root they are left with.
+    pub sandbox: Option<Sandbox>,
 }
 
 impl Default for AgentOptions {
@@ -43,6 +46,7 @@ impl Default for AgentOptions {
             meter: true,
             policy: String::new(),
             log: "info".into(),
+            sandbox: None,
         }
     }
 }

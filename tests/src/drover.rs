@@ -3,6 +3,7 @@
 use crate::agentcfg::{self, AgentFiles, AgentOptions};
 use crate::cache;
 use crate::registry;
+use crate::sandbox::Sandbox;
 use crate::topology::{Host, Lab};
 use anyhow::{Context, Result, bail};
 use drover::api::types::{GangReport, StatusInfo};
@@ -57,13 +58,19 @@ pub struct Agent {
     /// Its files.
     pub files: AgentFiles,
     plant: Option<Plant>,
+    sandbox: Option<Sandbox>,
     program: PathBuf,
     child: Child,
     pidfd: OwnedFd,
 }
 
 impl Agent {
-    fn spawn(host: &Host, files: AgentFiles, plant: Option<Plant>) -> Result<Agent> {
+    fn spawn(
+        host: &Host,
+        files: AgentFiles,
+        plant: Option<Plant>,
+        sandbox: Option<Sandbox>,
+    ) -> Result<Agent> {
         let program = match plant {
             Some(_) => planted_binary()?,
             None => binary()?,
@@ -76,12 +83,16 @@ impl Agent {
             .stdout(log.try_clone()?)
             .stderr(log)
             .envs(plant.map(|bug| (plant::VARIABLE, bug.name())));
+        if let Some(sandbox) = &sandbox {
+            sandbox.apply(&mut command);
+        }
         let child = command.spawn().context("cannot run drover agent")?;
         let pidfd = registry::pidfd(child.id() as i32)?;
         Ok(Agent {
             name: host.name.clone(),
             files,
             plant,
+            sandbox,
             program,
             child,
             pidfd,
@@ -160,8 +171,18 @@ impl Agent {
     /// # Errors
     /// When it does not come up.
     pub fn start_again(&mut self, host: &Host) -> Result<()> {
-        *self = Agent::spawn(host, self.files.clone(), self.plant)?;
+        let (files, sandbox) = (self.files.clone(), self.sandbox.clone());
+        *self = Agent::spawn(host, files, self.plant, sandbox)?;
         self.ready()
+    }
+
+    /// As [`Agent::start_again`], with other rights from now on.
+    ///
+    /// # Errors
+    /// When it does not come up; the message holds its log.
+    pub fn start_again_in(&mut self, host: &Host, sandbox: Sandbox) -> Result<()> {
+        self.sandbox = Some(sandbox);
+        self.start_again(host)
     }
 
     /// Kills it, as a crash would.
@@ -241,7 +262,8 @@ impl Cluster {
         let mut agents = Vec::new();
         for host in &lab.hosts {
             let files = agentcfg::write(lab, host, &options)?;
-            agents.push(Agent::spawn(host, files, options.plant)?);
+            let sandbox = options.sandbox.clone();
+            agents.push(Agent::spawn(host, files, options.plant, sandbox)?);
         }
         for agent in &mut agents {
             agent.ready()?;

@@ -73,12 +73,12 @@ impl<'a> Gang<'a> {
     }
 
     /// Puts a VM's definition on all hosts' agents.
-    fn define(&self, name: &str, guest: &Guest) -> Result<()> {
+    fn define(&self, name: &str, domain: &str, guest: &Guest) -> Result<()> {
         for host in &self.lab.hosts {
             let file = AgentFiles::of(host)
                 .definitions
                 .join(format!("{name}.toml"));
-            fs::write(file, agentcfg::definition(name, "lab", guest))?;
+            fs::write(file, agentcfg::definition(name, domain, guest))?;
         }
         Ok(())
     }
@@ -88,7 +88,15 @@ impl<'a> Gang<'a> {
     /// # Errors
     /// When the guest does not tick or the agent refuses it.
     pub fn adopt(&mut self, name: &str, saved: &Saved, host: &str) -> Result<()> {
-        self.define(name, &saved.guest)?;
+        self.adopt_in("lab", name, saved, host)
+    }
+
+    /// As [`Gang::adopt`], in this dedup domain.
+    ///
+    /// # Errors
+    /// As [`Gang::adopt`].
+    pub fn adopt_in(&mut self, domain: &str, name: &str, saved: &Saved, host: &str) -> Result<()> {
+        self.define(name, domain, &saved.guest)?;
         let on = self.host(host)?;
         // Apart from the agent's folders: there it makes its own when a VM arrives.
         let (run, shm) = (on.run_dir.join("lab"), on.shm_dir.join("lab"));
@@ -125,7 +133,7 @@ impl<'a> Gang<'a> {
     /// # Errors
     /// When the agent cannot start it or it does not tick.
     pub fn run(&mut self, name: &str, guest: &Guest, host: &str) -> Result<()> {
-        self.define(name, guest)?;
+        self.define(name, "lab", guest)?;
         let agent = self.cluster.agent(host);
         agent.run(&["vm", "run", name])?;
         let at = agent.files.places(name);

@@ -8,7 +8,7 @@
 //!   run agents and the `drover` command.
 //! - [`check`] compares guest RAM and watches guests; [`tenant`] is the
 //!   traffic that a migration should not hurt.
-//! - [`bench`] measures; [`demo`] tells; [`chaos`] breaks things.
+//! - [`bench`] measures; [`demo`] tells; [`chaos`] breaks things; [`hostile`] lies.
 pub mod agentcfg;
 pub mod bench;
 pub mod cache;
@@ -20,11 +20,13 @@ pub mod demo;
 pub mod drover;
 pub mod gang;
 pub mod guest;
+pub mod hostile;
 pub mod netns;
 pub mod pattern;
 pub mod qemu;
 pub mod qmp;
 pub mod registry;
+pub mod sandbox;
 pub mod save;
 pub mod serial;
 pub mod slowdisk;

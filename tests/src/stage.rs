@@ -37,12 +37,23 @@ impl Stage {
     /// # Errors
     /// As [`Stage::new`].
     pub fn with(rate_mbit: u32, options: AgentOptions) -> Result<Stage> {
+        Stage::shaped(
+            Shape {
+                rate_mbit,
+                ..Shape::default()
+            },
+            options,
+        )
+    }
+
+    /// As [`Stage::with`], with a lab of this shape.
+    ///
+    /// # Errors
+    /// As [`Stage::new`].
+    pub fn shaped(shape: Shape, options: AgentOptions) -> Result<Stage> {
         // Said before the lab is laid out: the usual mistake.
         crate::drover::binary()?;
-        let lab = Lab::up(Shape {
-            rate_mbit,
-            ..Shape::default()
-        })?;
+        let lab = Lab::up(shape)?;
         let hold_at_switch = Some(lab.run_dir().join("hold"));
         std::fs::create_dir_all(lab.run_dir().join("hold"))?;
         let cluster = Cluster::start(

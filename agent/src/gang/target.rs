@@ -25,6 +25,8 @@ use std::time::{Duration, Instant};
 
 /// How long a lane gets to end in order when a gang is closed.
 const CLOSE_LIMIT: Duration = Duration::from_millis(500);
+/// Pages that may wait for a lane to be asked for.
+const MAX_UNASKED: usize = 1 << 16;
 /// References to a host that may go unhonoured without it being named.
 const NOTABLE: u64 = 64;
 
@@ -43,6 +45,8 @@ pub struct TargetGang {
     lanes: Mutex<AHashMap<String, Vec<OpenLane>>>,
     awaited: Mutex<Vec<(Instant, Fingerprint)>>,
     failures: Mutex<AHashMap<VmIndex, Arc<OnceLock<String>>>>,
+    /// Pages to be asked for as soon as there is a lane to do it on.
+    unasked: Mutex<Vec<Need>>,
     /// Contents that did not come from where they were said to be, by that host.
     broken: Mutex<AHashMap<HolderId, Broken>>,
 }
@@ -128,6 +132,7 @@ impl TargetGang {
             lanes: Mutex::default(),
             awaited: Mutex::default(),
             failures: Mutex::default(),
+            unasked: Mutex::default(),
             broken: Mutex::default(),
         })
     }
@@ -212,6 +217,11 @@ impl TargetGang {
         for lanes in self.lock_lanes().values_mut() {
             lanes.retain(|lane| !lane.has_ended());
         }
+        let unasked = {
+            let mut unasked = self.unasked.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *unasked)
+        };
+        self.ask(unasked);
         let now = Instant::now();
         let mut late = Vec::new();
         self.awaited
@@ -350,8 +360,17 @@ impl TargetGang {
                     .iter()
                     .any(|lane| lane.receiver.handle().need(self.spec.id, vm, &gfns).is_ok())
             });
-            if !asked {
-                // Pages stay pending, so the switch cannot happen without them.
+            if asked {
+                continue;
+            }
+            // A lane's first batches may be placed before it is registered here;
+            // or all have broken. Pages stay pending, so the switch cannot happen
+            // without them, and asks again.
+            let mut unasked = self.unasked.lock().unwrap_or_else(PoisonError::into_inner);
+            if unasked.len() + gfns.len() <= MAX_UNASKED {
+                let fp = Fingerprint::ZERO;
+                unasked.extend(gfns.into_iter().map(|gfn| Need { vm, gfn, fp }));
+            } else {
                 tracing::warn!(gang = %self.spec.name, %source, pages = gfns.len(),
                     "no open lane to ask the source for pages");
             }
