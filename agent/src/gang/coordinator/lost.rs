@@ -37,7 +37,7 @@ impl<C: Caller> Gang<C> {
     /// Runs a gang that was taken over to its end: VMs on their way are driven
     /// on, those that had not begun begin.
     pub async fn run_on(self: &Rc<Self>) -> GangState {
-        self.poll().await;
+        self.ask_sources().await;
         let facts = self.check_all().await;
         self.start_all(facts).await;
         self.moments.reach_gang(Moment::Started).await;
