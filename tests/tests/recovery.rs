@@ -12,7 +12,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 use tests::check;
 use tests::drover::Ended;
-use tests::play::{BESIDE, ENDS, Play, VM, equal, until};
+use tests::play::{BESIDE, ENDS, Play, VM, equal};
 use tests::registry;
 use tests::save;
 use tests::stage::Stage;

@@ -12,8 +12,8 @@ use tokio::task::JoinSet;
 /// How often an agent is asked that VMs only come to: it has no progress to
 /// tell.
 const TARGET_POLL: Duration = Duration::from_millis(200);
-/// An answer that this agent sees so much later than it wanted to was late
-/// because it was held up itself: nobody else is blamed for that.
+/// An agent that goes on so much later than it wanted to was held up itself:
+/// nobody else is blamed for that time.
 const HELD_UP: Duration = Duration::from_millis(300);
 
 /// Why there is no answer.
@@ -66,23 +66,30 @@ impl<C: Caller> Gang<C> {
                 true => LOST_AFTER,
                 false => LOST_AFTER.saturating_sub(heard.elapsed()),
             };
+            let core = async {
+                if first_source {
+                    self.look_at_core(&host, limit).await;
+                }
+            };
             let asked = Instant::now();
-            match self.ask(&host, limit).await {
+            match tokio::join!(self.ask(&host, limit), core).0 {
                 Ok(()) => {
                     heard = Instant::now();
                     self.found_again(&host);
                 }
-                Err(_) if asked.elapsed() > limit + HELD_UP => heard = Instant::now(),
+                Err(_) if was_held_up(asked, limit) => heard = Instant::now(),
                 Err(NoAnswer::Stranger(why)) => self.lost(&host, why, heard.elapsed()),
                 Err(NoAnswer::Silent(why)) if heard.elapsed() >= LOST_AFTER => {
                     self.lost(&host, why, heard.elapsed());
                 }
                 Err(NoAnswer::Silent(_)) => {}
             }
-            if first_source {
-                self.look_at_core(&host).await;
+            let pause = if leaves { POLL } else { TARGET_POLL };
+            let slept = Instant::now();
+            tokio::time::sleep(pause).await;
+            if was_held_up(slept, pause) {
+                heard = Instant::now();
             }
-            tokio::time::sleep(if leaves { POLL } else { TARGET_POLL }).await;
         }
     }
 
@@ -99,8 +106,8 @@ impl<C: Caller> Gang<C> {
         }
     }
 
-    async fn look_at_core(&self, host: &str) {
-        let core = self.caller.call(host, GangRequest::Core, LOST_AFTER).await;
+    async fn look_at_core(&self, host: &str, limit: Duration) {
+        let core = self.caller.call(host, GangRequest::Core, limit).await;
         if let Ok(GangResponse::Core(core)) = core {
             self.state.borrow_mut().core = core;
         }
@@ -161,6 +168,12 @@ impl<C: Caller> Gang<C> {
             }
         }
     }
+}
+
+/// Whether what began then and was to take `limit` at most has taken much
+/// longer.
+fn was_held_up(begun: Instant, limit: Duration) -> bool {
+    begun.elapsed() > limit + HELD_UP
 }
 
 impl NoAnswer {

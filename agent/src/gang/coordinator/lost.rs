@@ -79,6 +79,8 @@ impl<C: Caller> Gang<C> {
                 let mut state = self.state.borrow_mut();
                 let slot = &mut state.vms[vm.0 as usize];
                 (slot.phase, slot.error) = (phase, error);
+                // Nothing is handed over whose pages were not compared.
+                slot.verified |= phase == Phase::Arrived;
                 self.out_of_sight.borrow_mut().remove(&vm);
                 break;
             }
