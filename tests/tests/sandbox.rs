@@ -61,7 +61,7 @@ fn agents_move_a_gang_with_the_capabilities_and_calls_of_the_unit_and_need_them_
     for (capability, wanted) in [
         ("CAP_BPF", "CAP_BPF"),
         ("CAP_NET_ADMIN", "CAP_NET_ADMIN"),
-        ("CAP_PERFMON", "cannot be counted"),
+        ("CAP_PERFMON", "CAP_PERFMON"),
     ] {
         let agent = stage.cluster.agent_mut("r1h2");
         agent.stop()?;

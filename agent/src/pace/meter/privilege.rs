@@ -3,8 +3,14 @@
 use super::MeterError;
 
 /// Capabilities the meter needs, with their bits.
-const NEEDED: [(&str, u32); 2] = [("CAP_NET_ADMIN", 12), ("CAP_BPF", 39)];
-/// Before CAP_BPF there was only this one, and it still includes it.
+/// Without CAP_PERFMON the kernel's verifier refuses what the programs do.
+const NEEDED: [(&str, u32); 3] = [
+    ("CAP_NET_ADMIN", 12),
+    ("CAP_BPF", 39),
+    ("CAP_PERFMON", 38),
+];
+/// Before CAP_BPF and CAP_PERFMON there was only this one, and it still
+/// includes them.
 const SYS_ADMIN: u32 = 21;
 
 /// Checks this thread's effective capabilities.
@@ -27,7 +33,7 @@ fn missing(status: &str) -> Option<String> {
     let has = |bit: u32| effective >> bit & 1 == 1;
     let missing: Vec<&str> = NEEDED
         .iter()
-        .filter(|(name, bit)| !(has(*bit) || (*name == "CAP_BPF" && has(SYS_ADMIN))))
+        .filter(|(name, bit)| !(has(*bit) || (*name != "CAP_NET_ADMIN" && has(SYS_ADMIN))))
         .map(|(name, _)| *name)
         .collect();
     (!missing.is_empty()).then(|| missing.join(" and "))
@@ -43,9 +49,16 @@ mod tests {
         assert_eq!(missing(&status("000001ffffffffff")), None);
         assert_eq!(
             missing(&status("0000000000000000")).unwrap(),
-            "CAP_NET_ADMIN and CAP_BPF"
+            "CAP_NET_ADMIN and CAP_BPF and CAP_PERFMON"
         );
-        assert_eq!(missing(&status("0000000000001000")).unwrap(), "CAP_BPF");
+        assert_eq!(
+            missing(&status("0000004000001000")).unwrap(),
+            "CAP_BPF"
+        );
+        assert_eq!(
+            missing(&status("0000008000001000")).unwrap(),
+            "CAP_PERFMON"
+        );
         assert_eq!(missing(&status("0000000000201000")), None);
     }
 }
