@@ -42,7 +42,7 @@ impl Default for AgentOptions {
             plant: None,
             meter: true,
             policy: String::new(),
-            log: "info".into(),
+            log: std::env::var("DROVER_LAB_LOG").unwrap_or_else(|_| "info".into()),
         }
     }
 }
