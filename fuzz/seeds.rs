@@ -8,7 +8,7 @@ use drover::gang::handover::machine::{Whose, Word};
 use drover::gang::journal::{Record, Side, Step};
 use drover::gang::message::{
     CoreState, GangHost, GangRequest, GangResponse, GangSpec, GangVm, PageCounts, Phase,
-    SourceFacts, VmState,
+    SourceFacts, StopTimes, VmState,
 };
 use drover::lane::encode::{Encoder, Progress};
 use drover::lane::entries::MAX_LIST_LEN;
@@ -457,6 +457,11 @@ fn rpc(add: Add<'_>) {
         },
         downtime_ms: Some(41.5),
         journal_ms: Some(1.5),
+        stop: StopTimes {
+            pause_ms: 1.25,
+            resume_ms: 2.5,
+            ..StopTimes::default()
+        },
         verified: true,
         error: Some("lane lost".to_owned()),
     };

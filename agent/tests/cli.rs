@@ -174,6 +174,7 @@ fn info(outcome: Option<Outcome>) -> MigrationInfo {
             },
             downtime_ms: 12.0,
             journal_ms: 0.0,
+            stop: None,
             rounds: 2,
             pages: PageCounts::default(),
             verified: arrived,
@@ -181,6 +182,7 @@ fn info(outcome: Option<Outcome>) -> MigrationInfo {
         }],
         error: None,
         warnings: Vec::new(),
+        lost: Vec::new(),
     };
     MigrationInfo {
         progress: GangProgress {
@@ -194,6 +196,7 @@ fn info(outcome: Option<Outcome>) -> MigrationInfo {
             elapsed_ms: 500,
             vms: vec![vm],
             core: CoreLoad::default(),
+            lost: Vec::new(),
         },
         report: outcome.map(report),
     }

@@ -170,6 +170,13 @@ impl Agent {
         let _ = self.child.wait();
     }
 
+    /// Has it stand still until what is returned is dropped.
+    pub fn freeze(&self) -> Result<Frozen> {
+        let pidfd = self.pidfd.try_clone()?;
+        registry::send_signal(&pidfd, libc::SIGSTOP);
+        Ok(Frozen(pidfd))
+    }
+
     /// Ends it as a service manager does.
     ///
     /// # Errors
@@ -195,6 +202,16 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// A process that stands still until this is dropped.
+#[derive(Debug)]
+pub struct Frozen(OwnedFd);
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        registry::send_signal(&self.0, libc::SIGCONT);
     }
 }
 
@@ -225,6 +242,8 @@ pub struct Migrated {
 pub struct Ended {
     /// Whether its exit status was 0.
     pub success: bool,
+    /// Its exit status, unless a signal ended it.
+    pub code: Option<i32>,
     /// The report, unless it was refused before anything began.
     pub report: Option<GangReport>,
     /// Everything it printed.
@@ -360,6 +379,7 @@ impl Migration {
         let output = child.wait_with_output()?;
         Ok(Ended {
             success: output.status.success(),
+            code: output.status.code(),
             report: serde_json::from_slice(&output.stdout).ok(),
             said: format!(
                 "{}{}",
@@ -388,6 +408,16 @@ impl Migration {
                 tails(&logs)
             ),
         }
+    }
+
+    /// Sends it what Ctrl-C sends.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn interrupt(&self) -> Result<()> {
+        let child = self.child.as_ref().context("waited for already")?;
+        registry::send_signal(&registry::pidfd(child.id() as i32)?, libc::SIGINT);
+        Ok(())
     }
 
     /// Whether it still runs.

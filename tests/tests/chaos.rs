@@ -10,21 +10,20 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::time::Duration;
 use tests::chaos::cell::{self, Cell};
 use tests::chaos::link::{self, Bad, Link, Way};
-use tests::chaos::{Options, default_logs, report::Report};
+use tests::chaos::{Options, report::Report};
 use tests::topology::{Lab, Shape};
 
 /// Another one is as good; this one is always the same.
 const SEED: u64 = 3;
 
 fn run(cells: Vec<Cell>, plant: Option<Plant>) -> Result<Report> {
-    let options = Options {
-        seed: SEED,
-        cells,
-        soak: 0,
-        plant,
-        logs: default_logs(),
-    };
-    tests::chaos::run(&options, &|line| println!("{line}"))
+    let options = Options::of(SEED, cells, plant);
+    let mut report = Report::new(&options);
+    tests::chaos::run(&options, &mut report, &|line, _| {
+        println!("{line}");
+        Ok(())
+    })?;
+    Ok(report)
 }
 
 #[test]
@@ -140,7 +139,11 @@ fn the_matrix_notices_pages_that_a_lost_lane_takes_along() -> Result<()> {
 fn notices(bug: Plant, cell: &str, because: &str) -> Result<()> {
     let cell: Cell = cell.parse().map_err(anyhow::Error::msg)?;
     let report = run(vec![cell], Some(bug))?;
-    let why = report.cells[0].why.as_deref().unwrap_or("nothing wrong");
+    let why = report.cells[0]
+        .found
+        .why
+        .as_deref()
+        .unwrap_or("nothing wrong");
     ensure!(why.contains(because), "{bug:?} went unnoticed: {why}");
     Ok(())
 }

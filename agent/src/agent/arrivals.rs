@@ -42,7 +42,11 @@ impl Agent {
 
     fn acceptable(&self, name: &str, facts: &SourceFacts) -> Result<Definition, String> {
         if self.vms.get(name).is_some() {
-            return Err(format!("a VM {name} is on {} already", self.name()));
+            return Err(format!(
+                "a VM {name} is on {host} already; if its VMM has ended, `drover vm stop {name}` \
+                 there clears it away",
+                host = self.name()
+            ));
         }
         let definition = Definition::parse(&format!("definition of VM {name}"), &facts.definition)
             .map_err(|e| chain(&e))?;

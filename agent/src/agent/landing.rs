@@ -129,6 +129,11 @@ impl Agent {
     }
 
     async fn let_run(&self, arrival: &Rc<Arrival>) -> TargetEvent {
+        // Of one that has ended before it could be told to run, it is known
+        // that it never ran.
+        if arrival.has_died() {
+            return TargetEvent::Died;
+        }
         let vmm = match self.vmm_of(arrival).await {
             Ok(vmm) => vmm,
             Err(_) if arrival.has_died() => return TargetEvent::Died,

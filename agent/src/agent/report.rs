@@ -20,14 +20,21 @@ pub(super) fn progress(state: &GangState) -> GangProgress {
     GangProgress {
         gang: state.spec.name.clone(),
         id: state.spec.id.to_string(),
-        phase: match (state.ended, all_preparing) {
-            (true, _) => GangPhase::Done,
-            (false, true) => GangPhase::Checking,
-            (false, false) => GangPhase::Moving,
+        phase: match (state.ended, state.cancelled, all_preparing) {
+            (true, ..) => GangPhase::Done,
+            (_, true, _) => GangPhase::Cancelling,
+            (.., true) => GangPhase::Checking,
+            (.., false) => GangPhase::Moving,
         },
         elapsed_ms: state.total_ms as u64,
         vms: state.vms.iter().map(|vm| vm_progress(state, vm)).collect(),
         core: core_load(&state.core),
+        lost: state
+            .lost
+            .iter()
+            .filter(|l| !l.found_again)
+            .cloned()
+            .collect(),
     }
 }
 
@@ -87,6 +94,7 @@ pub(super) fn report(state: &GangState, warnings: Vec<String>) -> GangReport {
         vms: state.vms.iter().map(|vm| vm_report(state, vm)).collect(),
         error: None,
         warnings,
+        lost: state.lost.clone(),
     }
 }
 
@@ -121,6 +129,7 @@ fn vm_report(state: &GangState, vm: &VmState) -> VmReport {
         },
         downtime_ms: vm.downtime_ms.unwrap_or(0.0),
         journal_ms: vm.journal_ms.unwrap_or(0.0),
+        stop: (vm.phase == Phase::Arrived).then_some(vm.stop),
         rounds: vm.round,
         pages: vm.pages,
         verified: vm.verified,

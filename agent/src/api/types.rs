@@ -5,7 +5,7 @@
 //! not ignored; answers do not, so that an older client can read a newer
 //! agent's.
 
-pub use crate::gang::message::{Compress, PageCounts, Verify};
+pub use crate::gang::message::{Compress, LostAgent, PageCounts, StopTimes, Verify};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -207,6 +207,9 @@ pub struct GangProgress {
     pub vms: Vec<VmProgress>,
     /// The core link as this gang sees it.
     pub core: CoreLoad,
+    /// Agents of the gang that are lost at this moment.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub lost: Vec<LostAgent>,
 }
 
 /// How far one VM is.
@@ -313,6 +316,9 @@ pub struct GangReport {
     /// What its operator should know, such as that nothing was encrypted.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub warnings: Vec<String>,
+    /// Agents that were lost on the way, those that came back among them.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub lost: Vec<LostAgent>,
 }
 
 /// Report of one VM.
@@ -332,6 +338,9 @@ pub struct VmReport {
     /// handover durable, ms.
     #[serde(default)]
     pub journal_ms: f64,
+    /// Where the downtime went; `None` if it did not arrive.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub stop: Option<StopTimes>,
     /// Rounds, the stop-and-copy round included.
     pub rounds: u32,
     /// What became of its pages.
@@ -480,6 +489,7 @@ mod tests {
                 outcome: VmOutcome::Arrived,
                 downtime_ms: 1.5,
                 journal_ms: 0.5,
+                stop: None,
                 rounds: 2,
                 pages: PageCounts::default(),
                 verified: true,
@@ -487,6 +497,7 @@ mod tests {
             }],
             error: None,
             warnings: Vec::new(),
+            lost: Vec::new(),
         };
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!(

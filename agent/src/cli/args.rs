@@ -49,6 +49,10 @@ pub enum Command {
         command: VmCommand,
     },
     /// Move the VMs of a plan; waits until they have arrived.
+    ///
+    /// Ctrl-C cancels the migration and goes on waiting for its report: VMs
+    /// that have passed the point of no return arrive, all others stay where
+    /// they are. A second Ctrl-C leaves the agent to it at once.
     Migrate(Migrate),
     /// Show the agent, its peers and its migrations.
     Status {
@@ -135,7 +139,7 @@ pub enum VmCommand {
 #[derive(Debug, Subcommand)]
 pub enum GangCommand {
     /// Take over a gang whose coordinator has died; at the agent of any of its
-    /// hosts. Waits until its VMs have arrived.
+    /// hosts. Waits until its VMs have arrived; Ctrl-C is heard as by `migrate`.
     Resume {
         /// The gang's name, or the id of the run.
         gang: String,

@@ -47,18 +47,33 @@ pub(super) async fn run(socket: &Path, args: Migrate) -> Result<ExitCode, CliErr
     // From here on Ctrl-C no longer simply ends the command.
     let mut interrupts = signal(SignalKind::interrupt())
         .map_err(|e| CliError::failed(format!("cannot wait for Ctrl-C: {e}"), ""))?;
-    let started = tokio::select! {
-        started = client.migrate(&request) => started?,
-        _ = interrupts.recv() => return Err(CliError {
-            error: "left before the agent answered".to_owned(),
-            remedy: "it may have started the migration: see `drover status`".to_owned(),
-            code: ExitCode::Interrupted,
-        }),
+    let mut interrupted = false;
+    let starting = client.migrate(&request);
+    tokio::pin!(starting);
+    let started = loop {
+        tokio::select! {
+            started = &mut starting => break started?,
+            _ = interrupts.recv() => {}
+        }
+        // Of a gang that is not known to have begun nothing can be cancelled
+        // yet; a dry run moves nothing.
+        if interrupted || args.dry_run {
+            return Err(CliError {
+                error: "left before the agent answered".to_owned(),
+                remedy: "it may have started the migration: see `drover status`".to_owned(),
+                code: ExitCode::Interrupted,
+            });
+        }
+        interrupted = true;
+        eprintln!("cancelled as soon as the agent answers; press Ctrl-C again to leave");
     };
     let Some(id) = started.id.clone() else {
         return dry_run(&started, args.json);
     };
-    let report = follow(&client, &mut interrupts, &id, &started.gang).await?;
+    if interrupted {
+        client.cancel(&id, None).await?;
+    }
+    let report = follow(&client, &mut interrupts, &id, &started.gang, interrupted).await?;
     tell(&report, args.json)
 }
 
@@ -78,7 +93,7 @@ pub(super) async fn resume(socket: &Path, gang: &str, json: bool) -> Result<Exit
         .map_err(|e| CliError::failed(format!("cannot wait for Ctrl-C: {e}"), ""))?;
     let started = client.resume_gang(gang).await?;
     let id = started.id.as_deref().unwrap_or(gang);
-    let report = follow(&client, &mut interrupts, id, &started.gang).await?;
+    let report = follow(&client, &mut interrupts, id, &started.gang, false).await?;
     tell(&report, json)
 }
 
@@ -130,16 +145,17 @@ pub(super) async fn cancel(
 }
 
 /// Shows the progress of a migration until it is over. The first Ctrl-C asks
-/// the agent to cancel, the second leaves the agent to it.
+/// the agent to cancel, unless that was done before; the next leaves the agent
+/// to it.
 async fn follow(
     client: &ApiClient,
     interrupts: &mut Signal,
     id: &str,
     gang: &str,
+    mut cancelled: bool,
 ) -> Result<GangReport, CliError> {
     let mut display = Display::new();
     let mut answered = Instant::now();
-    let mut cancelled = false;
     let mut poll = tokio::time::interval(POLL);
     poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -204,6 +220,7 @@ enum Display {
     Plain {
         last: Option<Instant>,
         phases: Vec<VmPhase>,
+        lost: Vec<LostAgent>,
     },
 }
 
@@ -218,6 +235,7 @@ impl Display {
             Display::Plain {
                 last: None,
                 phases: Vec::new(),
+                lost: Vec::new(),
             }
         }
     }
@@ -228,6 +246,7 @@ impl Display {
                 let mut texts = vec![render::progress_head()];
                 texts.extend(progress.vms.iter().map(render::vm_line));
                 texts.push(render::core_line(&progress.core));
+                texts.extend(progress.lost.iter().map(render::lost_line));
                 while lines.len() < texts.len() {
                     let line = all.add(ProgressBar::new_spinner());
                     line.set_style(
@@ -236,11 +255,13 @@ impl Display {
                     );
                     lines.push(line);
                 }
+                // Of an agent that has come back nothing is said any more.
+                texts.resize(lines.len(), String::new());
                 for (line, text) in lines.iter().zip(texts) {
                     line.set_message(text);
                 }
             }
-            Display::Plain { last, phases } => {
+            Display::Plain { last, phases, lost } => {
                 if last.is_none_or(|at| at.elapsed() >= PLAIN) {
                     *last = Some(Instant::now());
                     eprintln!("{}", render::gang_line(progress));
@@ -252,6 +273,10 @@ impl Display {
                         eprintln!("{}", render::vm_line(vm));
                     }
                 }
+                for news in progress.lost.iter().filter(|agent| !lost.contains(agent)) {
+                    eprintln!("{}", render::lost_line(news));
+                }
+                lost.clone_from(&progress.lost);
             }
         }
     }

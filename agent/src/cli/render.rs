@@ -128,8 +128,12 @@ pub fn gang_line(progress: &GangProgress) -> String {
         .iter()
         .map(|(phase, n)| format!("{n} {}", phase.as_str()));
     let left: u64 = progress.vms.iter().map(|vm| vm.left_bytes).sum();
+    let cancelling = match progress.phase {
+        GangPhase::Cancelling => " is being cancelled",
+        _ => "",
+    };
     format!(
-        "{} {}: {}; left {}; core {:.0} Mbit/s",
+        "{} {}{cancelling}: {}; left {}; core {:.0} Mbit/s",
         duration(progress.elapsed_ms),
         progress.gang,
         phases.collect::<Vec<_>>().join(", "),
@@ -140,6 +144,21 @@ pub fn gang_line(progress: &GangProgress) -> String {
 
 fn core_total(core: &CoreLoad) -> f64 {
     core.tenant_mbit + core.migration_mbit
+}
+
+/// What is said of an agent that is lost, or was.
+pub fn lost_line(lost: &LostAgent) -> String {
+    let state = match lost.found_again {
+        true => "was lost and came back",
+        false => "is lost",
+    };
+    format!(
+        "agent {} {state}: noticed at {} after {} of silence ({})",
+        lost.agent,
+        duration(lost.at_ms),
+        duration(lost.silent_ms),
+        fit(&lost.why, usize::MAX)
+    )
 }
 
 /// The end of a migration.
@@ -185,6 +204,10 @@ pub fn report(report: &GangReport) -> String {
     if journal > 0.0 {
         let _ = writeln!(text, "journals: at most {journal:.1} ms of a VM's stop");
     }
+    text.push_str(&stops(report));
+    for lost in &report.lost {
+        let _ = writeln!(text, "{}", lost_line(lost));
+    }
     for vm in &report.vms {
         if let Some(error) = &vm.error {
             let _ = writeln!(text, "{}: {error}", vm.name);
@@ -195,6 +218,37 @@ pub fn report(report: &GangReport) -> String {
     }
     text.push_str(&warnings(&report.warnings));
     text
+}
+
+/// Where the time of each VM's stop went.
+fn stops(report: &GangReport) -> String {
+    let mut table = table([
+        "stop, ms",
+        "pause",
+        "last pages",
+        "digests",
+        "device state",
+        "commit",
+        "resume",
+    ]);
+    right(&mut table, &[1, 2, 3, 4, 5, 6]);
+    let stops = report.vms.iter().filter_map(|vm| Some((vm, vm.stop?)));
+    for (vm, stop) in stops {
+        let ms = |ms: f64| format!("{ms:.1}");
+        table.add_row([
+            fit(&vm.name, 20),
+            ms(stop.pause_ms),
+            ms(stop.last_pages_ms),
+            ms(stop.seal_ms),
+            ms(stop.device_ms),
+            ms(stop.commit_ms),
+            ms(stop.resume_ms),
+        ]);
+    }
+    match table.is_empty() {
+        true => String::new(),
+        false => lines(&table),
+    }
 }
 
 fn outcome(outcome: VmOutcome) -> &'static str {
@@ -289,6 +343,9 @@ pub fn status(status: &StatusInfo) -> String {
     }
     for progress in &status.migrations {
         let _ = writeln!(text, "\n{}\nrun {}", gang_line(progress), progress.id);
+        for lost in &progress.lost {
+            let _ = writeln!(text, "{}", lost_line(lost));
+        }
         if progress.phase != GangPhase::Done {
             let _ = writeln!(text, "{}", progress_head());
         }

@@ -34,6 +34,7 @@ fn progress() -> GangProgress {
         elapsed_ms: 12_345,
         vms: vec![vm("web1", VmPhase::Precopy), vm("web2", VmPhase::Waiting)],
         core: core(LoadSource::Meter),
+        lost: Vec::new(),
     }
 }
 
@@ -98,6 +99,14 @@ fn a_report() {
         outcome,
         downtime_ms: 87.4,
         journal_ms: 0.0,
+        stop: (outcome == VmOutcome::Arrived).then_some(StopTimes {
+            pause_ms: 1.24,
+            last_pages_ms: 30.0,
+            seal_ms: 2.5,
+            device_ms: 50.0,
+            commit_ms: 0.66,
+            resume_ms: 3.0,
+        }),
         rounds: 4,
         pages: PageCounts {
             sent: 10,
@@ -121,6 +130,13 @@ fn a_report() {
         ],
         error: None,
         warnings: vec!["connections are NOT encrypted".to_owned()],
+        lost: vec![LostAgent {
+            agent: "b2".to_owned(),
+            at_ms: 2_100,
+            silent_ms: 1_800,
+            why: "it said nothing".to_owned(),
+            found_again: false,
+        }],
     };
     let text = report(&gang);
     fits(&text);
@@ -132,6 +148,9 @@ fn a_report() {
          \n\
          web: 1 of 2 VMs arrived in 4.3 s; 162.1 MiB crossed the core link\n\
          pages: 20 sent, 10 by reference, 6 zero, 2 unchanged\n\
+         stop, ms  pause  last pages  digests  device state  commit  resume\n\
+         web1        1.2        30.0      2.5          50.0     0.7     3.0\n\
+         agent b2 is lost: noticed at 2.1 s after 1.8 s of silence (it said nothing)\n\
          web2: lost agent b2\n\
          WARNING        connections are NOT encrypted\n"
     );

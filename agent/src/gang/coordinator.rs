@@ -11,10 +11,11 @@
 //! A VM that fails at any step fails alone: its target is told to clean up,
 //! its source lets it run on, and the rest of the gang goes on.
 
+mod attend;
 mod lost;
 
 use super::message::{
-    CoreState, GangRequest, GangResponse, GangSpec, GangVm, Phase, SourceFacts, VmState,
+    CoreState, GangRequest, GangResponse, GangSpec, GangVm, LostAgent, Phase, SourceFacts, VmState,
 };
 use super::moments::{Moment, Moments};
 use crate::types::VmIndex;
@@ -30,8 +31,9 @@ const CHECK_LIMIT: Duration = Duration::from_secs(10);
 const PREPARE_LIMIT: Duration = Duration::from_secs(60);
 /// How often sources are asked for their progress.
 const POLL: Duration = Duration::from_millis(20);
-/// A source that has not answered for this long is lost.
-const LOST_AFTER: Duration = Duration::from_secs(2);
+/// An agent that has not answered for this long is lost: noticed within the
+/// two seconds that `docs/handover.md` promises.
+const LOST_AFTER: Duration = Duration::from_millis(1800);
 
 /// How the coordinator reaches the agents of a gang, itself included.
 pub trait Caller: 'static {
@@ -65,6 +67,10 @@ pub struct GangState {
     pub total_ms: f64,
     /// Whether the gang has ended.
     pub ended: bool,
+    /// Whether an operator wants all of it to stay.
+    pub cancelled: bool,
+    /// Agents that were lost on the way, in the order in which that was seen.
+    pub lost: Vec<LostAgent>,
 }
 
 /// One gang under way, owned by the coordinator's control thread.
@@ -76,7 +82,6 @@ pub struct Gang<C> {
     started: Instant,
     core_before: Cell<u64>,
     clock_stopped: Cell<bool>,
-    last_seen: RefCell<BTreeMap<String, Instant>>,
     /// VMs whose source was lost: it may be handing them over at this moment,
     /// so nobody else may touch their targets.
     out_of_sight: RefCell<BTreeSet<VmIndex>>,
@@ -98,12 +103,13 @@ impl<C: Caller> Gang<C> {
                 core_bytes: 0,
                 total_ms: 0.0,
                 ended: false,
+                cancelled: false,
+                lost: Vec::new(),
             }),
             cancel: RefCell::default(),
             started: Instant::now(),
             core_before: Cell::new(0),
             clock_stopped: Cell::new(false),
-            last_seen: RefCell::default(),
             out_of_sight: RefCell::default(),
         })
     }
@@ -124,7 +130,10 @@ impl<C: Caller> Gang<C> {
         let mut cancel = self.cancel.borrow_mut();
         match vm {
             Some(vm) => drop(cancel.insert(vm)),
-            None => cancel.extend(all.map(VmIndex)),
+            None => {
+                cancel.extend(all.map(VmIndex));
+                self.state.borrow_mut().cancelled = true;
+            }
         }
     }
 
@@ -301,13 +310,13 @@ impl<C: Caller> Gang<C> {
         }
     }
 
-    /// Polls the sources and hands out turns until every VM is final.
+    /// Listens to the agents and hands out turns until every VM is final.
     async fn drive(self: &Rc<Self>) {
         let gang = self.spec().id;
+        let _attended = self.attend();
         let mut granted = BTreeSet::new();
         let mut told_to_cancel = BTreeSet::new();
         while !self.live().is_empty() {
-            self.poll().await;
             self.deliver_cancels(&mut told_to_cancel).await;
             for vm in self.turns(&granted) {
                 granted.insert(vm);
@@ -356,69 +365,6 @@ impl<C: Caller> Gang<C> {
             .take(SWITCH_AT_ONCE.saturating_sub(switching))
             .map(|v| v.vm)
             .collect()
-    }
-
-    async fn poll(self: &Rc<Self>) {
-        let gang = self.spec().id;
-        let sources: BTreeSet<String> = self.live().into_iter().map(|(_, v)| v.from).collect();
-        let mut tasks = JoinSet::new();
-        for host in sources {
-            let caller = self.caller.clone();
-            tasks.spawn_local(async move {
-                let answer = caller
-                    .call(&host, GangRequest::Progress { gang }, LOST_AFTER)
-                    .await;
-                let core = caller.call(&host, GangRequest::Core, LOST_AFTER).await;
-                (host, answer, core)
-            });
-        }
-        let mut first_core = true;
-        while let Some(Ok((host, answer, core))) = tasks.join_next().await {
-            if let (true, Ok(GangResponse::Core(core))) = (first_core, core) {
-                self.state.borrow_mut().core = core;
-                first_core = false;
-            }
-            match answer {
-                Ok(GangResponse::Progress(vms)) => {
-                    self.last_seen.borrow_mut().insert(host, Instant::now());
-                    self.merge(vms);
-                }
-                Ok(other) => self.source_lost(&host, unexpected(&host, other)),
-                Err(why) => {
-                    let seen = self.last_seen.borrow().get(&host).copied();
-                    if seen.is_none_or(|at| at.elapsed() > LOST_AFTER) {
-                        self.source_lost(&host, why);
-                    }
-                }
-            }
-        }
-    }
-
-    fn merge(&self, vms: Vec<VmState>) {
-        let mut state = self.state.borrow_mut();
-        for vm in vms {
-            if let Some(slot) = state.vms.get_mut(vm.vm.0 as usize)
-                && !slot.phase.is_final()
-            {
-                *slot = vm;
-            }
-        }
-    }
-
-    fn source_lost(&self, host: &str, why: String) {
-        for (vm, plan) in self.live() {
-            if plan.from == host {
-                self.out_of_sight.borrow_mut().insert(vm);
-                self.fail(
-                    vm,
-                    format!(
-                        "source agent {host} is lost ({why}); it decides alone where VM {} \
-                         runs: ask it with `drover status` there",
-                        plan.name
-                    ),
-                );
-            }
-        }
     }
 
     /// Migration bytes on the core link, both directions, as the agents of the
@@ -470,7 +416,11 @@ impl<C: Caller> Gang<C> {
                 .iter()
                 .any(|vm| spec.vm(*vm).is_some_and(|v| v.to == host))
         };
-        for host in spec.hosts.iter().filter(|host| !waits(&host.name)) {
+        // Lanes are ended by their sources, in order; a target that closed
+        // first would break them.
+        let mut hosts: Vec<_> = spec.hosts.iter().filter(|h| !waits(&h.name)).collect();
+        hosts.sort_by_key(|host| spec.leaving(&host.name).next().is_none());
+        for host in hosts {
             let close = GangRequest::Close { gang: spec.id };
             if let Err(why) = self.caller.call(&host.name, close, CHECK_LIMIT).await {
                 tracing::warn!(%why, "gang not closed there");

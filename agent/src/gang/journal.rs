@@ -76,6 +76,9 @@ impl JournalError {
     }
 }
 
+/// Ending of the names of files that are being written.
+const UNFINISHED: &str = "tmp";
+
 /// The journal of one agent, a directory below its state directory.
 #[derive(Debug, Clone)]
 pub struct Journal {
@@ -83,10 +86,16 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Opens (and makes) `state_dir/handover`.
+    /// Opens (and makes) `state_dir/handover`. What an agent had begun to write
+    /// there when it died never counted, and is removed.
     pub fn open(state_dir: &Path) -> Result<Self, JournalError> {
         let dir = state_dir.join("handover");
         fs::create_dir_all(&dir).map_err(|e| fail(&dir)(e))?;
+        for entry in fs::read_dir(&dir).map_err(|e| fail(&dir)(e))?.flatten() {
+            if entry.path().extension().is_some_and(|e| e == UNFINISHED) {
+                let _read_only = fs::remove_file(entry.path());
+            }
+        }
         Ok(Journal { dir })
     }
 
@@ -99,7 +108,7 @@ impl Journal {
     /// Whether a record can be written now. Asked before a gang starts: no VM
     /// is touched on a host whose journal is full or read-only.
     pub fn check(&self) -> Result<(), JournalError> {
-        let path = self.dir.join("check.tmp");
+        let path = self.dir.join("check").with_extension(UNFINISHED);
         let put = || -> io::Result<()> {
             let mut file = File::create(&path)?;
             // As much as the longest record, in case the file system is nearly full.
@@ -107,16 +116,19 @@ impl Journal {
             file.sync_all()?;
             fs::remove_file(&path)
         };
-        put().map_err(fail(&path))
+        put().map_err(|error| {
+            let _not_made = fs::remove_file(&path);
+            fail(&path)(error)
+        })
     }
 
     /// Makes `record` durable. Returns only after it and its directory entry
     /// have reached the disk.
     pub fn write(&self, record: &Record) -> Result<(), JournalError> {
         let path = self.path(&record.vm, record.gang);
+        let tmp = path.with_extension(UNFINISHED);
         let mut replaced = false;
         let put = |replaced: &mut bool| -> io::Result<()> {
-            let tmp = path.with_extension("tmp");
             let mut file = File::create(&tmp)?;
             serde_json::to_writer(&mut file, record)?;
             file.write_all(b"\n")?;
@@ -126,10 +138,14 @@ impl Journal {
             fs::rename(&tmp, &path)?;
             self.sync()
         };
-        put(&mut replaced).map_err(|source| JournalError {
-            path: path.clone(),
-            replaced,
-            source,
+        put(&mut replaced).map_err(|source| {
+            // On a full disk there is an empty file now.
+            let _not_made = fs::remove_file(&tmp);
+            JournalError {
+                path: path.clone(),
+                replaced,
+                source,
+            }
         })
     }
 
@@ -217,6 +233,30 @@ mod tests {
         journal.forget("web-1", GangId(7)).unwrap();
         journal.forget("web-1", GangId(7)).unwrap();
         assert_eq!(journal.left().unwrap().0.len(), 1);
+    }
+
+    #[test]
+    fn what_was_not_written_to_its_end_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path()).unwrap();
+        journal.write(&record(Step::Moving)).unwrap();
+        let unfinished = dir.path().join("handover/web-1.0000000000000007.tmp");
+        fs::write(&unfinished, b"{").unwrap();
+        let journal = Journal::open(dir.path()).unwrap();
+        assert!(!unfinished.exists());
+        assert_eq!(journal.left().unwrap().0, [record(Step::Moving)]);
+        // A directory in its place: what was begun is not left behind.
+        fs::create_dir(dir.path().join("handover/web-2.0000000000000007.json")).unwrap();
+        let other = Record {
+            vm: "web-2".into(),
+            ..record(Step::Moving)
+        };
+        journal.write(&other).unwrap_err();
+        assert!(
+            !unfinished
+                .with_file_name("web-2.0000000000000007.tmp")
+                .exists()
+        );
     }
 
     #[test]

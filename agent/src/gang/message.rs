@@ -4,6 +4,8 @@
 //! speaks to the target agent of each of its VMs. Every request names the gang
 //! it belongs to, and an agent answers only for gangs it was admitted to.
 
+pub use super::progress::{LostAgent, StopTimes};
+
 use super::handover::machine::{Whose, Word};
 use crate::types::{GangId, HolderId, VmIndex};
 use crate::vmm::preflight::DirectFacts;
@@ -250,6 +252,8 @@ pub struct VmState {
     pub downtime_ms: Option<f64>,
     /// Milliseconds of these in which both sides made the commitment durable.
     pub journal_ms: Option<f64>,
+    /// Where the downtime went.
+    pub stop: StopTimes,
     /// Whether the digests (or all of RAM) were compared and equal.
     pub verified: bool,
     /// Why it failed.
@@ -269,6 +273,7 @@ impl VmState {
             pages: PageCounts::default(),
             downtime_ms: None,
             journal_ms: None,
+            stop: StopTimes::default(),
             verified: false,
             error: None,
         }

@@ -20,6 +20,7 @@ pub mod message;
 pub mod moments;
 pub mod plan;
 pub mod plant;
+pub mod progress;
 pub mod rounds;
 pub mod scan;
 pub mod slots;

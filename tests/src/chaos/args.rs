@@ -2,12 +2,13 @@
 
 use super::cell::{self, Cell};
 use super::report::Report;
-use super::{Options, default_logs, empty_logs};
+use super::{Options, empty_logs};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use drover::gang::plant::Plant;
 use std::fs;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Cells of a run that does not say how many.
 const CELLS: usize = 360;
@@ -36,9 +37,24 @@ pub struct ChaosArgs {
     /// Have the agents made with a bug; it is an error if no cell notices
     #[arg(long, value_name = "BUG")]
     plant: Option<Plant>,
-    /// Write what was found as JSON
+    /// Write what was found as JSON, after each cell
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Go on with the run that the file of --json is of: what it has is not run
+    /// again
+    #[arg(long, requires = "json")]
+    resume: bool,
+    /// With --resume: run again what failed there. What was wrong stays in the
+    /// report
+    #[arg(long, requires = "resume")]
+    again: bool,
+    /// Begin no cell after so many seconds, and leave the rest to --resume
+    #[arg(long, value_name = "SECONDS", requires = "json")]
+    limit_s: Option<u64>,
+    /// What the report calls the state of the code; git's word for the
+    /// workspace's if it is not given
+    #[arg(long, value_name = "NAME")]
+    commit: Option<String>,
     /// Write the tables of docs/reliability.md
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
@@ -81,8 +97,7 @@ impl ChaosArgs {
     /// When the lab cannot be had, or an invariant did not hold.
     pub fn run(&self) -> Result<()> {
         if let Some(path) = &self.tables {
-            let text = fs::read(path).with_context(|| path.display().to_string())?;
-            print!("{}", serde_json::from_slice::<Report>(&text)?.markdown());
+            print!("{}", Report::read(path)?.markdown());
             return Ok(());
         }
         let cells = self.chosen()?;
@@ -91,21 +106,34 @@ impl ChaosArgs {
             return Ok(());
         }
         let options = Options {
-            seed: self.seed,
-            cells,
             soak: self.soak,
-            plant: self.plant,
-            logs: default_logs(),
+            commit: self.commit.clone().unwrap_or_else(super::commit),
+            limit: self.limit_s.map(Duration::from_secs),
+            again: self.again,
+            ..Options::of(self.seed, cells, self.plant)
         };
-        empty_logs(&options.logs)?;
-        let report = super::run(&options, &|line| println!("{line}"))?;
-        let write = |file: &Option<PathBuf>, text: String| match file {
-            Some(path) => fs::write(path, text).with_context(|| path.display().to_string()),
-            None => Ok(()),
+        let earlier = self.json.as_deref().filter(|_| self.resume);
+        let mut report = match earlier.filter(|path| path.exists()) {
+            Some(path) => Report::read(path)?,
+            None => {
+                empty_logs(&options.logs)?;
+                Report::new(&options)
+            }
         };
-        write(&self.json, serde_json::to_string_pretty(&report)? + "\n")?;
-        write(&self.markdown, report.markdown())?;
+        let say = |line: &str, report: &Report| {
+            println!("{line}");
+            self.json
+                .as_deref()
+                .map_or(Ok(()), |path| report.write(path))
+        };
+        let left = super::run(&options, &mut report, &say)?;
+        if let Some(path) = &self.markdown {
+            fs::write(path, report.markdown()).with_context(|| path.display().to_string())?;
+        }
         println!("\n{}", report.markdown());
+        if left > 0 {
+            println!("{left} left: go on with --resume");
+        }
         match (&self.plant, report.ok()) {
             (None, true) => Ok(()),
             (Some(_), false) => {

@@ -4,6 +4,7 @@
 //! it starts; a file that takes what is left makes them full.
 
 use anyhow::{Context, Result};
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statvfs::statvfs;
@@ -12,6 +13,8 @@ use std::path::{Path, PathBuf};
 
 /// The file that takes the space. Agents have no business with its name.
 const FILLER: &str = ".filled-by-the-lab";
+/// How often it is tried to be quicker than somebody who takes space as well.
+const ATTEMPTS: u32 = 1000;
 
 /// Mounts a tmpfs of `mib` MiB over `dir`, which it makes. It goes with the
 /// lab, which unmounts what is below its folders.
@@ -46,12 +49,22 @@ impl Full {
         let filler = dir.join(FILLER);
         let file = File::create(&filler).with_context(|| filler.display().to_string())?;
         let full = Full { filler };
-        let stat = statvfs(dir)?;
-        let free = stat.blocks_available() as u64 * stat.fragment_size() as u64;
-        let take = free.saturating_sub(keep_free);
-        if take > 0 {
-            fallocate(&file, FallocateFlags::empty(), 0, i64::try_from(take)?)
-                .with_context(|| format!("taking {take} bytes of {}", dir.display()))?;
+        for attempt in 1.. {
+            let stat = statvfs(dir)?;
+            let free = stat.blocks_available() as u64 * stat.fragment_size() as u64;
+            let take = free.saturating_sub(keep_free);
+            if take == 0 {
+                break;
+            }
+            match fallocate(&file, FallocateFlags::empty(), 0, i64::try_from(take)?) {
+                Ok(()) => break,
+                // A VM that is arriving there has taken some of it meanwhile.
+                Err(Errno::ENOSPC) if attempt < ATTEMPTS => {}
+                Err(error) => {
+                    return Err(error)
+                        .with_context(|| format!("taking {take} bytes of {}", dir.display()));
+                }
+            }
         }
         Ok(full)
     }

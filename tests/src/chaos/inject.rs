@@ -11,6 +11,9 @@ use anyhow::{Context, Result, bail};
 use drover_ebpf::fault;
 use std::time::{Duration, Instant};
 
+/// For how long a VMM may be two processes while it is being started.
+const ONE_PROCESS: Duration = Duration::from_secs(5);
+
 /// Who has which role in a cell, by index of the host in its rack.
 #[derive(Debug, Clone)]
 pub struct Roles {
@@ -229,15 +232,20 @@ fn process(
 
 /// The process that a VM is in, or waits in, on a host.
 fn vmm(stand: &Stand, vm: &str, host: &str) -> Result<Option<i32>> {
-    let vmms = stand.census.vmms()?;
-    let there: Vec<i32> = vmms
-        .iter()
-        .filter(|found| found.vm == vm && found.host == host)
-        .map(|found| found.pid)
-        .collect();
-    match there[..] {
-        [] => Ok(None),
-        [pid] => Ok(Some(pid)),
-        _ => bail!("processes {there:?} all have {vm} on {host}"),
+    let until = Instant::now() + ONE_PROCESS;
+    loop {
+        let vmms = stand.census.vmms()?;
+        let there: Vec<i32> = vmms
+            .iter()
+            .filter(|found| found.vm == vm && found.host == host)
+            .map(|found| found.pid)
+            .collect();
+        match there[..] {
+            [] => return Ok(None),
+            [pid] => return Ok(Some(pid)),
+            // One that is just being started puts itself into the background.
+            _ if Instant::now() < until => std::thread::sleep(Duration::from_millis(5)),
+            _ => bail!("processes {there:?} all have {vm} on {host}"),
+        }
     }
 }

@@ -4,6 +4,7 @@ use super::cell::{Cell, Fault, Victim};
 use super::fill;
 use super::inject::Roles;
 use super::marks::{AtSwitch, Found};
+use super::operator::Decision;
 use super::run::When;
 use super::stand::{Stand, StandVm};
 use crate::agentcfg::{self, AgentFiles};
@@ -81,7 +82,9 @@ impl Allowed {
             // Nothing is rolled back unless a VM was cancelled before.
             stays: !harmless && hit
                 || focus && when == When::Moment && cell.moment == Moment::RolledBack,
-            unseen: !vmm
+            // Of a process that has died with a VM that was let run in it, or
+            // may have been, nobody can say how far it came.
+            unseen: (!vmm || dies && focus && target_owns && cell.victim == Victim::TargetVmm)
                 && !matches!(
                     cell.fault,
                     Fault::DiskFull | Fault::NoMemory | Fault::ClockForward | Fault::ClockBack
@@ -344,6 +347,23 @@ fn of_vm(told: &VmReport, place: Where, allowed: Allowed, roles: &Roles) -> Resu
 fn unseen(told: &VmReport) -> bool {
     let why = told.error.as_deref().unwrap_or_default();
     told.outcome == VmOutcome::InDoubt || why.contains("decides alone")
+}
+
+/// Whether the report said so of every VM that the operator had to decide on.
+/// A command that was cut off from its agent has told nothing of any.
+///
+/// # Errors
+/// With the VM whose doubt came unannounced.
+pub fn doubt_was_told(report: Option<&GangReport>, decided: &[Decision]) -> Result<()> {
+    let Some(report) = report else { return Ok(()) };
+    for Decision { vm, .. } in decided {
+        let told = report.vms.iter().find(|told| told.name == *vm);
+        ensure!(
+            told.is_some_and(unseen),
+            "{vm} was in doubt until the operator decided, and the report says {told:?}"
+        );
+    }
+    Ok(())
 }
 
 /// Whether RAM was the same on both sides whenever a VM came to its switch.

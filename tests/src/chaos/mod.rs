@@ -6,7 +6,8 @@
 //!   the [`stand`], a lab that serves many.
 //! - [`inject`] brings faults about, by [`link`], [`fill`] and [`clock`].
 //! - [`marks`] are the files by which agents show moments and wait;
-//!   [`census`] counts what runs; [`invariants`] are what has to hold.
+//!   [`census`] counts what runs; [`invariants`] are what has to hold;
+//!   [`operator`] decides what agents cannot.
 //! - [`soak`] moves gangs back and forth with faults at any time;
 //!   [`report`] is what comes out, [`args`] the command line.
 pub mod args;
@@ -18,6 +19,7 @@ pub mod inject;
 pub mod invariants;
 pub mod link;
 pub mod marks;
+pub mod operator;
 pub mod report;
 pub mod run;
 pub mod soak;
@@ -26,12 +28,13 @@ pub mod stand;
 use anyhow::{Context, Result};
 use cell::Cell;
 use drover::gang::plant::Plant;
-use report::{CellResult, Report};
+use report::{CellResult, Found, Report};
 use run::{Survived, When};
+use soak::{GangResult, SoakGang};
 use stand::{Stand, ms_since};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What to run.
 #[derive(Debug, Clone)]
@@ -46,6 +49,33 @@ pub struct Options {
     pub plant: Option<Plant>,
     /// Where agents' logs of failed cells are kept.
     pub logs: PathBuf,
+    /// Which state of the code this is, for the report.
+    pub commit: String,
+    /// Nothing is begun after so long; what is left is for a later run.
+    pub limit: Option<Duration>,
+    /// Whether what failed in an earlier run is run again.
+    pub again: bool,
+}
+
+impl Options {
+    /// These cells, once, with nothing special about it.
+    pub fn of(seed: u64, cells: Vec<Cell>, plant: Option<Plant>) -> Options {
+        Options {
+            seed,
+            cells,
+            soak: 0,
+            plant,
+            logs: default_logs(),
+            commit: commit(),
+            limit: None,
+            again: false,
+        }
+    }
+
+    /// Whether there is something to do about what was found so far, if it was.
+    fn is_due(&self, found: Option<&Found>) -> bool {
+        found.is_none_or(|found| self.again && !found.ok)
+    }
 }
 
 /// A stand that is made when it is needed, and made anew when a cell failed on
@@ -64,14 +94,25 @@ impl Stands<'_> {
         Ok(self.now.insert(stand))
     }
 
-    /// Runs one cell and makes the stand ready for the next.
-    fn run(&mut self, cell: &Cell, seed: u64, when: When) -> Result<Result<Survived>> {
+    /// Runs one cell and makes the stand ready for the next. `name` is what
+    /// the logs of a failed one are kept under.
+    fn run(&mut self, name: &str, cell: &Cell, seed: u64, when: When) -> Result<Found> {
+        // The lab is not part of what is measured.
         let stand = self.get()?;
-        let outcome = run::run(stand, cell, seed, when);
-        Ok(outcome.and_then(|survived| {
+        let begun = Instant::now();
+        let survived = run::run(stand, cell, seed, when).and_then(|survived| {
             stand.repair()?;
             Ok(survived)
-        }))
+        });
+        let found = self.found(survived, begun);
+        if let Some(why) = &found.why {
+            self.failed(name, why);
+        }
+        Ok(found)
+    }
+
+    fn found(&self, survived: Result<Survived>, begun: Instant) -> Found {
+        Found::new(survived, ms_since(begun), &self.options.commit)
     }
 
     /// Keeps a failed stand's logs and takes it down.
@@ -91,32 +132,71 @@ impl Stands<'_> {
     }
 }
 
-/// Runs cells, then the soak. `say` is told of each.
+/// Who is told how it goes: a line for each thing, and the report so far.
+pub type Say<'s> = &'s dyn Fn(&str, &Report) -> Result<()>;
+
+/// Runs cells, then the soak, as far as `report` has not got them yet. Returns
+/// how many are left.
 ///
 /// # Errors
 /// When the lab cannot be had. Cells that fail are in the report.
-pub fn run(options: &Options, say: &dyn Fn(&str)) -> Result<Report> {
-    let mut report = Report::new(options);
+pub fn run(options: &Options, report: &mut Report, say: Say<'_>) -> Result<usize> {
+    report.fits(options)?;
     let mut stands = Stands { options, now: None };
+    let begun = Instant::now();
+    let over = || options.limit.is_some_and(|limit| begun.elapsed() > limit);
+    let mut left = 0;
     let total = options.cells.len();
     for (i, cell) in options.cells.iter().enumerate() {
-        // The lab is not part of what is measured.
-        stands.get()?;
-        let begun = Instant::now();
-        let survived = stands.run(cell, cell.seed(options.seed), When::Moment)?;
-        let took_ms = ms_since(begun);
-        let result = CellResult::new(cell, survived.map_err(|e| format!("{e:#}")), took_ms);
-        say(&format!("{:>4}/{total} {}", i + 1, result.line()));
-        if let Some(why) = &result.why {
-            stands.failed(&cell.to_string(), why);
+        if !options.is_due(report.cell(cell)) {
+            continue;
         }
-        report.cells.push(result);
+        if over() {
+            left += 1;
+            continue;
+        }
+        let (name, seed) = (cell.to_string(), cell.seed(options.seed));
+        let found = stands.run(&name, cell, seed, When::Moment)?;
+        let result = CellResult::new(cell, found);
+        let line = format!("{:>4}/{total} {}", i + 1, result.line());
+        report.add_cell(result);
+        say(&line, report)?;
     }
-    if options.soak > 0 {
-        report.soak = Some(soak::run(&mut stands, say)?);
+    for n in 1..=options.soak {
+        if !options.is_due(report.gang(n)) {
+            continue;
+        }
+        if over() {
+            left += 1;
+            continue;
+        }
+        let gang = SoakGang::new(n, options.seed);
+        let when = When::After(gang.after);
+        let found = stands.run(&format!("soak-{n}"), &gang.cell, gang.seed, when)?;
+        let line = format!("{n:>4}/{} {}", options.soak, found.line(&gang.to_string()));
+        report.add_gang(GangResult::new(&gang, found));
+        say(&line, report)?;
     }
     stands.finish()?;
-    Ok(report)
+    Ok(left)
+}
+
+/// The workspace's commit, for reports: what runs is built from it.
+pub fn commit() -> String {
+    let asked = std::process::Command::new("git")
+        .args([
+            "describe",
+            "--always",
+            "--dirty",
+            "--abbrev=12",
+            "--exclude=*",
+        ])
+        .current_dir(crate::cache::workspace())
+        .output();
+    match asked {
+        Ok(said) if said.status.success() => String::from_utf8_lossy(&said.stdout).trim().into(),
+        _ => "unknown".into(),
+    }
 }
 
 /// Where logs of failed cells are kept unless told otherwise.

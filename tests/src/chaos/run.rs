@@ -6,6 +6,7 @@ use super::census::Watch;
 use super::inject::{self, Active, Roles};
 use super::invariants::{self, Allowed, Now, Where};
 use super::marks::Switches;
+use super::operator::{Decision, Operator};
 use super::stand::{Stand, ms_since};
 use crate::drover::{Ended, Migration};
 use anyhow::{Context, Result, bail, ensure};
@@ -35,6 +36,8 @@ pub struct Survived {
     pub recovery_ms: u64,
     /// How the operator was told that it ended.
     pub outcome: String,
+    /// What the operator had to decide.
+    pub decided: Vec<Decision>,
 }
 
 /// Runs one cell on a stand whose VMs are together.
@@ -71,7 +74,9 @@ pub fn run(stand: &mut Stand, cell: &Cell, seed: u64, when: When) -> Result<Surv
         .and_then(|over_at| Ok((migration.end()?, over_at)))
         .with_context(|| format!("{gang} after the fault"))?;
 
-    let now = rest(stand, cell, when, &roles, over_at)?;
+    let mut operator = Operator::default();
+    let now = rest(stand, cell, when, &roles, over_at, &mut operator)?;
+    let decided = operator.decided;
     let recovery_ms = ms_since(over_at);
     // Everything that does not hold is told: the first of it may be the least.
     let mut wrong = Wrong(now.trouble.into_iter().collect());
@@ -81,12 +86,13 @@ pub fn run(stand: &mut Stand, cell: &Cell, seed: u64, when: When) -> Result<Surv
     wrong.note(invariants::ram_was_equal(&at_switch));
     if let Some(places) = &now.places {
         note_places(stand, places);
-        for vm in stand.vms.iter().filter(|vm| vm.rack.is_some()) {
-            wrong.note(stand.verify(vm));
+        for verified in stand.verify_all() {
+            wrong.note(verified);
         }
         wrong.note(invariants::told_truly(
             &ended, &stand.vms, places, cell, when, &roles,
         ));
+        wrong.note(invariants::doubt_was_told(ended.report.as_ref(), &decided));
     }
     wrong.note(invariants::held_at_switch(
         &at_switch,
@@ -97,6 +103,7 @@ pub fn run(stand: &mut Stand, cell: &Cell, seed: u64, when: When) -> Result<Surv
     Ok(Survived {
         recovery_ms,
         outcome: in_short(&ended, &roles),
+        decided,
     })
 }
 
@@ -175,7 +182,15 @@ fn to_the_end(
 }
 
 /// Waits until everything is as it should be, or for as long as that may take.
-fn rest(stand: &Stand, cell: &Cell, when: When, roles: &Roles, over_at: Instant) -> Result<Now> {
+/// VMs that stay in doubt are decided on.
+fn rest(
+    stand: &Stand,
+    cell: &Cell,
+    when: When,
+    roles: &Roles,
+    over_at: Instant,
+    operator: &mut Operator,
+) -> Result<Now> {
     let until = over_at.max(Instant::now()) + REST;
     loop {
         let mut now = invariants::now(stand, |vm| Allowed::of(cell, when, roles, vm))?;
@@ -186,6 +201,7 @@ fn rest(stand: &Stand, cell: &Cell, when: When, roles: &Roles, over_at: Instant)
             *trouble = format!("no rest within {REST:?}: {trouble}");
             return Ok(now);
         }
+        operator.look(stand)?;
         std::thread::sleep(LOOK);
     }
 }

@@ -213,6 +213,11 @@ impl Stand {
             if vm.rack.is_some() {
                 continue;
             }
+            // What is left of it where it died is cleared away.
+            for rack in 1..=2 {
+                let agent = self.agent(rack, vm.host);
+                let _not_there = agent.command(&["vm", "stop", &vm.name])?.output()?;
+            }
             let at = self.places(vm, rack);
             let _old = fs::remove_file(&at.serial);
             self.agent(rack, vm.host).run(&["vm", "run", &vm.name])?;
@@ -248,16 +253,29 @@ impl Stand {
         Ok(())
     }
 
-    /// Has a guest check all of its data.
-    ///
-    /// # Errors
-    /// When it finds wrong data or says nothing.
-    pub fn verify(&self, vm: &StandVm) -> Result<()> {
+    /// Has every guest that runs check all of its data, all at the same time.
+    /// One result for each that does.
+    pub fn verify_all(&self) -> Vec<Result<()>> {
+        std::thread::scope(|scope| {
+            let running = self.vms.iter().filter(|vm| vm.rack.is_some());
+            let checks: Vec<_> = running
+                .map(|vm| scope.spawn(move || self.verify(vm)))
+                .collect();
+            let join = |check: std::thread::ScopedJoinHandle<'_, Result<()>>| {
+                check
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            checks.into_iter().map(join).collect()
+        })
+    }
+
+    fn verify(&self, vm: &StandVm) -> Result<()> {
         let rack = vm
             .rack
             .with_context(|| format!("{} runs nowhere", vm.name))?;
         let host = &self.host(rack, vm.host).name;
-        gang::verify(&vm.name, host, &self.places(vm, rack))
+        gang::verify(&vm.name, host, &self.places(vm, rack), &vm.guest)
     }
 
     /// What every agent says of itself.

@@ -37,7 +37,7 @@ impl<C: Caller> Gang<C> {
     /// Runs a gang that was taken over to its end: VMs on their way are driven
     /// on, those that had not begun begin.
     pub async fn run_on(self: &Rc<Self>) -> GangState {
-        self.poll().await;
+        self.ask_sources().await;
         let facts = self.check_all().await;
         self.start_all(facts).await;
         self.moments.reach_gang(Moment::Started).await;
@@ -79,6 +79,8 @@ impl<C: Caller> Gang<C> {
                 let mut state = self.state.borrow_mut();
                 let slot = &mut state.vms[vm.0 as usize];
                 (slot.phase, slot.error) = (phase, error);
+                // Nothing is handed over whose pages were not compared.
+                slot.verified |= phase == Phase::Arrived;
                 self.out_of_sight.borrow_mut().remove(&vm);
                 break;
             }

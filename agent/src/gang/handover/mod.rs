@@ -22,6 +22,7 @@
 pub mod care;
 pub mod fence;
 pub mod leaving;
+mod live;
 pub mod machine;
 #[cfg(test)]
 mod model;
@@ -29,7 +30,7 @@ mod model;
 use crate::dedup::fingerprint::FingerprintKey;
 use crate::gang::coordinator::Caller;
 use crate::gang::flight::Flight;
-use crate::gang::message::{GangRequest, GangResponse, GangSpec, Phase, Verify};
+use crate::gang::message::{GangRequest, GangResponse, GangSpec, Verify};
 use crate::gang::moments::Moment;
 use crate::gang::plant::{self, Plant};
 use crate::gang::scan::{Command, Step};
@@ -38,9 +39,9 @@ use crate::net::{Kind, Roster, connect};
 use crate::types::VmIndex;
 use crate::vmm::direct::SourceVm;
 use crate::vmm::relay::relay;
-use leaving::{Leaving, Watcher};
+use leaving::Leaving;
+pub use live::Live;
 use machine::{RunsOn, Source, SourceEvent};
-use std::cell::Cell;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -90,92 +91,6 @@ pub struct Handover<C> {
     pub hold: Option<PathBuf>,
 }
 
-/// Hears of the decision on a VM whose pages this run of the agent has moved:
-/// tells its progress, and ends its scan thread.
-pub struct Live {
-    flight: Arc<Flight>,
-    commands: Sender<Command>,
-    /// Since when the guest stands still.
-    stopped: Cell<Option<Instant>>,
-    cancelled: Cell<bool>,
-    settled: Box<dyn Fn(bool)>,
-}
-
-impl Live {
-    /// `settled` is called once it is clear, with whether the VM has arrived:
-    /// when it runs here and may be moved again, or when nothing of it is
-    /// left here.
-    pub fn new(
-        flight: Arc<Flight>,
-        commands: Sender<Command>,
-        settled: Box<dyn Fn(bool)>,
-    ) -> Rc<Self> {
-        Rc::new(Live {
-            flight,
-            commands,
-            stopped: Cell::default(),
-            cancelled: Cell::default(),
-            settled,
-        })
-    }
-}
-
-impl Watcher for Live {
-    fn entered(&self, state: Source, why: &str) {
-        match state {
-            // The scan thread ends, which lifts the protection.
-            Source::Returning | Source::TakingBack => {
-                let cancelled = self.flight.is_cancelled();
-                self.cancelled
-                    .set(self.cancelled.get() || cancelled && state == Source::Returning);
-                if state == Source::Returning {
-                    self.flight.cancel();
-                }
-            }
-            Source::Noting => self.flight.update(|vm| {
-                let cancelled = self.cancelled.get();
-                vm.phase = if cancelled {
-                    Phase::Cancelled
-                } else {
-                    Phase::Failed
-                };
-                vm.error = (!cancelled).then(|| why.to_owned());
-            }),
-            Source::Returned => (self.settled)(false),
-            Source::Ending => {
-                let downtime = self
-                    .stopped
-                    .get()
-                    .map(|at| at.elapsed().as_secs_f64() * 1e3);
-                self.flight.update(|vm| vm.downtime_ms = downtime);
-                let _thread_gone = self.commands.send(Command::Done);
-            }
-            Source::Closing(RunsOn::Target) => {
-                self.flight.update(|vm| {
-                    vm.phase = Phase::Arrived;
-                    vm.error = None;
-                });
-                (self.settled)(true);
-            }
-            _ => {}
-        }
-    }
-
-    fn in_doubt(&self, why: &str) {
-        self.flight.update(|vm| {
-            vm.phase = Phase::InDoubt;
-            vm.error = Some(why.to_owned());
-        });
-    }
-
-    fn journaled(&self, here: Option<Duration>, there: Option<Duration>) {
-        let took = here.into_iter().chain(there).sum::<Duration>();
-        let ms = took.as_secs_f64() * 1e3;
-        self.flight
-            .update(|vm| vm.journal_ms = Some(vm.journal_ms.unwrap_or(0.0) + ms));
-    }
-}
-
 impl<C: Caller> Handover<C> {
     fn vm(&self) -> VmIndex {
         self.flight.vm
@@ -219,18 +134,21 @@ impl<C: Caller> Handover<C> {
         let runs = self.source.is_running().await.map_err(|e| chain(&e))?;
         // Whoever finds the guest stopped from here on is to let it run.
         self.leaving.moving(runs).await?;
-        self.live.stopped.set(Some(Instant::now()));
+        self.live.begin_stop();
         self.leaving.record.run = self.source.pause().await.map_err(|e| chain(&e))?;
+        self.live.lap(|stop| &mut stop.pause_ms);
         self.reach(Moment::Paused).await;
         // What that leaves out, the target never gets.
         if !plant::has(Plant::EarlyResume) {
             self.last_pages().await?;
         }
+        self.live.lap(|stop| &mut stop.seal_ms);
         self.reach(Moment::Sealed).await;
         tokio::select! {
             sent = self.device_state(device) => sent?,
             () = self.cancelled() => return Err("cancelled".into()),
         }
+        self.live.lap(|stop| &mut stop.device_ms);
         self.reach(Moment::DeviceSent).await;
         match self.flight.is_cancelled() {
             true => Err("cancelled".into()),
@@ -303,6 +221,7 @@ impl<C: Caller> Handover<C> {
             Step::Sent { digest } => digest,
             other => return Err(self.out_of_step(&other)),
         };
+        self.live.lap(|stop| &mut stop.last_pages_ms);
         self.reach(Moment::LastPages).await;
         let full = self.spec.verify == Verify::Full;
         if full {
