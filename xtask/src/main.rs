@@ -46,7 +46,7 @@ enum Command {
     /// Break things at every moment of a handover; --help tells how
     #[command(disable_help_flag = true)]
     Chaos(lab::Passed),
-    /// Feed random bytes to the parsers of bytes from outside (needs nightly)
+    /// Feed random bytes to the parsers of bytes from outside
     Fuzz(fuzz::Args),
     /// Check unsafe code, licences and advisories of dependencies
     Audit(audit::Args),

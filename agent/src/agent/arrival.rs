@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::sync::watch;
 
 /// One VM on its way in.
 pub(super) struct Arrival {
@@ -46,6 +47,8 @@ pub(super) struct Arrival {
     pub(super) fenced: Cell<Option<Instant>>,
     /// Serialises the steps of the handover.
     pub(super) step: tokio::sync::Mutex<()>,
+    /// Somebody means to end it: steps that wait for its source do not go on.
+    ending: watch::Sender<bool>,
 }
 
 /// What there is of the VM here.
@@ -95,6 +98,7 @@ impl Arrival {
             minded: Cell::new(false),
             fenced: Cell::default(),
             step: tokio::sync::Mutex::new(()),
+            ending: watch::Sender::new(false),
         };
         arrival.enter(state);
         arrival
@@ -137,6 +141,24 @@ impl Arrival {
         if matches!(state, Target::Here) {
             self.forget_pages();
         }
+    }
+
+    /// Ends the waits of steps under way, or lets steps wait again. A source
+    /// that says how long they are to wait must not decide how long the gang's
+    /// end waits for them.
+    pub(super) fn end_waits(&self, end: bool) {
+        self.ending.send_replace(end);
+    }
+
+    /// Whether waits are to end.
+    pub(super) fn is_ending(&self) -> bool {
+        *self.ending.borrow()
+    }
+
+    /// Returns when waits are to end.
+    pub(super) async fn ending(&self) {
+        // The sender is in `self`.
+        let _ = self.ending.subscribe().wait_for(|end| *end).await;
     }
 
     /// Its source has spoken.

@@ -27,6 +27,8 @@ use tokio::net::UnixStream;
 
 /// How long the relay of device state may stand still.
 const RELAY_IDLE: Duration = Duration::from_secs(30);
+/// Longest that a step waits for its source, whatever that asks for.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// How often outstanding references are looked at while the guest waits.
 const SEAL_POLL: Duration = Duration::from_millis(1);
 /// References that are still outstanding after this are asked for anew: the
@@ -220,7 +222,7 @@ impl Agent {
         arrival.heard();
         let (side, work) = arrival.check_work()?;
         self.moments.reach(Moment::Sealing, &arrival.name).await;
-        let until = Instant::now() + wait;
+        let until = Instant::now() + wait.min(LONGEST_WAIT);
         let mut ask_again = Instant::now() + ASK_AGAIN;
         loop {
             if let Some(why) = side.failure(index) {
@@ -230,7 +232,7 @@ impl Agent {
             if pending == 0 {
                 break;
             }
-            if Instant::now() > until {
+            if Instant::now() > until || arrival.is_ending() {
                 return Ok(GangResponse::Sealed {
                     equal: false,
                     pending,
@@ -290,7 +292,11 @@ impl Agent {
         let arrival = gang.arrival(index).ok_or("that VM is not arriving here")?;
         let _step = arrival.step.lock().await;
         let vm = arrival.take_waiting()?;
-        let arrived = vm.wait_arrived(wait).await.map_err(|e| chain(&e));
+        let arrived = tokio::select! {
+            biased;
+            arrived = vm.wait_arrived(wait.min(LONGEST_WAIT)) => arrived.map_err(|e| chain(&e)),
+            () = arrival.ending() => Err(format!("VM {} is being given up", arrival.name)),
+        };
         arrival.hold(Held::Waiting(vm));
         arrived?;
         arrival.heard();

@@ -16,6 +16,7 @@ use crate::net::rack::{
 use crate::types::{GangId, HolderId, Page};
 use ahash::{AHashMap, AHashSet};
 use std::collections::hash_map::Entry;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock};
 
 /// Claim shards and target stores of the gangs this host takes part in. A
@@ -30,9 +31,31 @@ pub(super) struct DataPlane {
 struct Shard {
     gang: GangId,
     claims: ClaimShard,
-    /// Source agents, and the target hosts each may claim contents for.
-    claimants: AHashMap<String, AHashSet<HolderId>>,
+    /// Source agents.
+    claimants: AHashMap<String, Claimant>,
 }
+
+/// One source agent of a gang, as a shard knows it.
+#[derive(Default)]
+struct Claimant {
+    /// The target hosts it may claim contents for.
+    holders: AHashSet<HolderId>,
+    /// Contents that it was told to send: entries of the shard that it made.
+    granted: AtomicU64,
+    /// Contents of which it said that they arrived, or that it does not send
+    /// them after all.
+    settled: AtomicU64,
+}
+
+/// Entries that one agent may make in the shards of all gangs of this host, 12
+/// bytes each: distinct contents of 128 GiB, times the agents the claims of a
+/// rack are spread over. Beyond, its claims are answered and not recorded.
+const MAX_CLAIMED: u64 = 1 << 25;
+/// A holder that no gang has: claims for it are looked up and not recorded.
+const NOBODY: HolderId = HolderId(u16::MAX);
+/// With fewer claims left open than this, nobody is named: lanes break, VMs are
+/// cancelled.
+const NOTABLE: u64 = 256;
 
 /// Two gangs' claims would meet.
 #[derive(Debug, thiserror::Error)]
@@ -51,14 +74,15 @@ impl DataPlane {
         spec: &GangSpec,
         rack: &str,
     ) -> Result<(), SpaceTaken> {
-        let mut claimants: AHashMap<String, AHashSet<HolderId>> = AHashMap::new();
+        let mut claimants: AHashMap<String, Claimant> = AHashMap::new();
         for vm in spec
             .vms
             .iter()
             .filter(|vm| spec.rack_of(&vm.to) == Some(rack))
         {
             if let Some(holder) = spec.holder(&vm.to) {
-                claimants.entry(vm.from.clone()).or_default().insert(holder);
+                let claimant = claimants.entry(vm.from.clone()).or_default();
+                claimant.holders.insert(holder);
             }
         }
         let shard = Shard {
@@ -85,7 +109,12 @@ impl DataPlane {
         self.shards
             .write()
             .unwrap_or_else(PoisonError::into_inner)
-            .retain(|_, shard| shard.gang != gang);
+            .retain(|_, shard| {
+                if shard.gang == gang {
+                    shard.name_the_unsettled();
+                }
+                shard.gang != gang
+            });
     }
 
     pub(super) fn open_target(&self, gang: GangId, target: Arc<TargetGang>) {
@@ -105,6 +134,13 @@ impl DataPlane {
     fn target(&self, gang: GangId) -> Option<Arc<TargetGang>> {
         let targets = self.targets.read().unwrap_or_else(PoisonError::into_inner);
         targets.get(&gang).cloned()
+    }
+
+    /// Entries of all shards that agent `from` has made.
+    fn claimed_by(&self, from: &str) -> u64 {
+        let shards = self.shards.read().unwrap_or_else(PoisonError::into_inner);
+        let claimants = shards.values().filter_map(|s| s.claimants.get(from));
+        claimants.map(|c| c.granted.load(Relaxed)).sum()
     }
 
     /// Bytes held by claim shards.
@@ -130,25 +166,58 @@ impl ClaimServer for DataPlane {
                 _ => ClaimReply::Done,
             });
         };
-        let mine = shard.claimants.get(from);
-        if !mine.is_some_and(|holders| holders.contains(&op.holder())) {
+        let claimant = shard.claimants.get(from);
+        let Some(claimant) = claimant.filter(|c| c.holders.contains(&op.holder())) else {
             return Err(NotOfTheGang {
                 gang: shard.gang,
                 what: "claim contents for that host",
             });
-        }
+        };
+        let room = self.claimed_by(from) < MAX_CLAIMED;
+        let count = op.fps().len() as u64;
         let claims = &shard.claims;
         match op {
             ClaimOp::Claim { fps, holder } => {
-                let answers = claims.claim(&fps, holder).into_iter().map(answer).collect();
+                let holder = if room { holder } else { NOBODY };
+                let answers = claims.claim(&fps, holder);
+                let yours = |a: &&claim::ClaimAnswer| **a == claim::ClaimAnswer::Yours;
+                let granted = answers.iter().filter(yours).count() as u64;
+                claimant.granted.fetch_add(granted, Relaxed);
+                let answers = answers.into_iter().map(answer).collect();
                 return Ok(ClaimReply::Claims(answers));
             }
-            ClaimOp::Confirm { fps, holder } => claims.confirm(&fps, holder),
-            ClaimOp::Reassign { fps, holder } => claims.reassign(&fps, holder),
-            ClaimOp::Release { fps, holder } => claims.release(&fps, holder),
+            ClaimOp::Confirm { fps, holder } => {
+                claimant.settled.fetch_add(count, Relaxed);
+                claims.confirm(&fps, holder);
+            }
+            // It makes entries, too, where there are none.
+            ClaimOp::Reassign { fps, holder } if room => {
+                claimant.granted.fetch_add(count, Relaxed);
+                claims.reassign(&fps, holder);
+            }
+            ClaimOp::Reassign { .. } => {}
+            ClaimOp::Release { fps, holder } => {
+                claimant.settled.fetch_add(count, Relaxed);
+                claims.release(&fps, holder);
+            }
             ClaimOp::Forget { holder } => claims.forget_holder(holder),
         }
         Ok(ClaimReply::Done)
+    }
+}
+
+impl Shard {
+    /// Names who claimed contents and mostly never said what became of them:
+    /// others sent references to them instead.
+    fn name_the_unsettled(&self) {
+        for (from, claimant) in &self.claimants {
+            let granted = claimant.granted.load(Relaxed);
+            let open = granted.saturating_sub(claimant.settled.load(Relaxed));
+            if open >= NOTABLE && open > granted / 2 {
+                tracing::warn!(gang = %self.gang, peer = %from, granted, open,
+                    "claimed contents and did not say of them that they arrived");
+            }
+        }
     }
 }
 
@@ -279,6 +348,33 @@ mod tests {
             claim(&plane, "a2", 3).unwrap(),
             ClaimReply::Claims(vec![HELD])
         );
+    }
+
+    #[test]
+    fn who_has_claimed_its_share_is_answered_without_being_recorded() {
+        let plane = plane();
+        let claimant = |shard: &Shard| shard.claimants["a1"].granted.store(MAX_CLAIMED, Relaxed);
+        plane
+            .shards
+            .read()
+            .unwrap()
+            .values()
+            .for_each(|s| claimant(s));
+        let before = plane.shard_bytes();
+        let yours = ClaimReply::Claims(vec![ClaimAnswer::Yours]);
+        assert_eq!(claim(&plane, "a1", 2).unwrap(), yours);
+        let (fps, holder) = (vec![Fingerprint([6; 16])], HolderId(2));
+        let reassign = ClaimOp::Reassign { fps, holder };
+        plane.handle(GangId(7), "a1", reassign).unwrap();
+        assert_eq!(plane.shard_bytes(), before);
+        // Others are not held to that, and it may use what they have.
+        assert_eq!(claim(&plane, "a2", 3).unwrap(), yours);
+        let held = ClaimAnswer::Held {
+            holder: HolderId(3),
+            arrived: false,
+        };
+        let held = ClaimReply::Claims(vec![held]);
+        assert_eq!(claim(&plane, "a1", 2).unwrap(), held);
     }
 
     #[test]

@@ -112,10 +112,14 @@ impl RpcHandler<GangRequest, GangResponse> for Requests {
     }
 
     fn notice(&self, peer: &str, _notice: GangRequest) {
-        tracing::warn!(%peer, "notice ignored: gangs only make requests");
+        self.offence(peer, "sent a notice, where gangs only make requests");
     }
 
     fn lost(&self, peer: &str, why: &str) {
         tracing::debug!(%peer, %why, "control connection ended");
+    }
+
+    fn offence(&self, peer: &str, why: &str) {
+        self.0.roster.offences().note(peer, why);
     }
 }

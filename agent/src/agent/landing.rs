@@ -46,8 +46,16 @@ impl Agent {
     /// Something has happened to a VM that lands here: does what follows from
     /// it, and says what that came to.
     pub(super) async fn land(&self, arrival: &Rc<Arrival>, event: TargetEvent) -> Target {
+        let ends = matches!(event, TargetEvent::Abort | TargetEvent::GiveUp);
+        if ends {
+            arrival.end_waits(true);
+        }
         let _step = arrival.step.lock().await;
-        self.land_locked(arrival, event).await
+        let state = self.land_locked(arrival, event).await;
+        if ends {
+            arrival.end_waits(false);
+        }
+        state
     }
 
     /// [`Agent::land`], for a caller that holds the VM's step.
@@ -274,6 +282,7 @@ impl Agent {
         let Some(arrival) = self.landing(gang, vm) else {
             return Ok(());
         };
+        arrival.end_waits(true);
         let state = {
             let _step = arrival.step.lock().await;
             if event == TargetEvent::Abort {
@@ -284,6 +293,7 @@ impl Agent {
             }
             self.land_locked(&arrival, event).await
         };
+        arrival.end_waits(false);
         match state {
             Target::Closing(RunsOn::Source) | Target::Over(RunsOn::Source) => Ok(()),
             Target::Loaded => Err(format!(

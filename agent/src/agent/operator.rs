@@ -110,7 +110,9 @@ impl Agent {
 
     /// What every status and report says of this agent.
     fn warnings(&self) -> Vec<String> {
-        self.roster.security().warnings(SystemTime::now())
+        let mut warnings = self.roster.security().warnings(SystemTime::now());
+        warnings.extend(self.roster.offences().warnings());
+        warnings
     }
 
     async fn list_vms(&self) -> Vec<VmInfo> {

@@ -25,6 +25,8 @@ use std::time::{Duration, Instant};
 
 /// How long a lane gets to end in order when a gang is closed.
 const CLOSE_LIMIT: Duration = Duration::from_millis(500);
+/// References to a host that may go unhonoured without it being named.
+const NOTABLE: u64 = 64;
 
 /// One gang's arrivals on this host.
 pub struct TargetGang {
@@ -41,6 +43,19 @@ pub struct TargetGang {
     lanes: Mutex<AHashMap<String, Vec<OpenLane>>>,
     awaited: Mutex<Vec<(Instant, Fingerprint)>>,
     failures: Mutex<AHashMap<VmIndex, Arc<OnceLock<String>>>>,
+    /// Contents that did not come from where they were said to be, by that host.
+    broken: Mutex<AHashMap<HolderId, Broken>>,
+}
+
+/// References to one host that were not honoured.
+#[derive(Debug, Clone, Copy, Default)]
+struct Broken {
+    /// It sent other content.
+    wrong: u64,
+    /// It did not have it.
+    gone: u64,
+    /// It did not answer in time.
+    late: u64,
 }
 
 /// A lane, and its place among the connections of its source.
@@ -113,6 +128,7 @@ impl TargetGang {
             lanes: Mutex::default(),
             awaited: Mutex::default(),
             failures: Mutex::default(),
+            broken: Mutex::default(),
         })
     }
 
@@ -209,12 +225,42 @@ impl TargetGang {
                 keep
             });
         for fp in late {
+            self.broken(self.me, |b| b.late += 1);
             self.ask(self.store.not_fetched(fp, NotFetched::Late));
+        }
+    }
+
+    /// Counts a reference that the host `holder` did not honour.
+    fn broken(&self, holder: HolderId, count: impl FnOnce(&mut Broken)) {
+        let mut all = self.broken.lock().unwrap_or_else(PoisonError::into_inner);
+        count(all.entry(holder).or_default());
+    }
+
+    /// Names the hosts that did not have what references said they have. A few
+    /// is what losses and dirty pages bring about.
+    fn name_the_broken(&self) {
+        let all = self.broken.lock().unwrap_or_else(PoisonError::into_inner);
+        for (&holder, broken) in all.iter() {
+            let Broken { wrong, gone, late } = *broken;
+            if wrong == 0 && gone + late < NOTABLE {
+                continue;
+            }
+            let gang = &self.spec.name;
+            let host = self.spec.host(holder).map_or("?", |host| &host.name);
+            if holder == self.me {
+                // Who claimed them, the claim shards know.
+                tracing::warn!(%gang, %host, late, gone,
+                    "contents that were to come to this host did not; had from the sources in full");
+            } else {
+                tracing::warn!(%gang, %host, wrong, gone, late,
+                    "did not serve what it was said to hold; had from the sources in full");
+            }
         }
     }
 
     /// Closes every lane and stops taking part.
     pub fn close(&self) {
+        self.name_the_broken();
         for vm in 0..self.spec.vms.len() {
             self.store.remove_vm(VmIndex(vm as u16));
         }
@@ -227,6 +273,7 @@ impl TargetGang {
         for (holder, fps) in by_holder {
             let Some(host) = self.server(holder) else {
                 for fp in fps {
+                    self.broken(holder, |b| b.gone += 1);
                     self.ask(self.store.not_fetched(fp, NotFetched::Gone));
                 }
                 continue;
@@ -258,18 +305,34 @@ impl TargetGang {
             rack::Fetched::Page(page) => match self.store.fetched(fp, holder, page) {
                 Fetched::Placed(_) | Fetched::Unwanted => return,
                 Fetched::Wrong { holder, needs } => {
-                    let host = self.spec.host(holder).map_or("?", |h| &h.name);
-                    tracing::error!(
-                        gang = %self.spec.name, %host,
-                        "served content that does not match its fingerprint; refetched from the source"
-                    );
+                    self.served_wrong(holder);
                     needs
                 }
             },
-            rack::Fetched::Gone => self.store.not_fetched(fp, NotFetched::Gone),
-            rack::Fetched::NotInTime => self.store.not_fetched(fp, NotFetched::Late),
+            rack::Fetched::Gone => {
+                self.broken(holder, |b| b.gone += 1);
+                self.store.not_fetched(fp, NotFetched::Gone)
+            }
+            rack::Fetched::NotInTime => {
+                self.broken(holder, |b| b.late += 1);
+                self.store.not_fetched(fp, NotFetched::Late)
+            }
         };
         self.ask(needs);
+    }
+
+    /// Named at once, and at the end with how often.
+    fn served_wrong(&self, holder: HolderId) {
+        let mut first = false;
+        self.broken(holder, |broken| {
+            broken.wrong += 1;
+            first = broken.wrong == 1;
+        });
+        if first {
+            let host = self.spec.host(holder).map_or("?", |host| &host.name);
+            tracing::error!(gang = %self.spec.name, %host,
+                "served content that does not match its fingerprint; had from the source in full");
+        }
     }
 
     /// Asks the sources for pages in full.

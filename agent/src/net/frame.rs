@@ -55,6 +55,11 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         }
     }
 
+    /// Bytes that were read and not taken out as frames yet.
+    pub fn unread(&self) -> usize {
+        self.buffer.len() - self.start
+    }
+
     /// Waits for some more bytes. Cancel-safe. The end of the stream is an
     /// error: peers never end a connection silently in the middle of things.
     pub async fn fill(&mut self) -> io::Result<()> {

@@ -5,8 +5,9 @@ use super::accept::{AcceptError, accept};
 use super::places::{PeerLimits, Places};
 use super::preamble::{Hello, Verdict};
 use super::stream::Stream;
+use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,11 +24,11 @@ pub struct ListenerLimits {
     pub connections: usize,
     /// Those of one peer.
     pub per_peer: PeerLimits,
-    /// Callers at a time, from addresses of peers, that have not finished their
-    /// preamble; more wait in the kernel's queue.
+    /// Callers at a time, from one address of a peer, that have not finished
+    /// their preamble; more are hung up on. Nobody waits for another peer's.
     pub handshakes: usize,
-    /// The same for callers from other addresses; more are hung up on. They
-    /// would be refused anyway, but those by mistake are told why.
+    /// The same for callers from all other addresses together. They would be
+    /// refused anyway, but those by mistake are told why.
     pub strangers: usize,
     /// Time a caller has for its preamble.
     pub preamble: Duration,
@@ -38,7 +39,7 @@ impl Default for ListenerLimits {
         ListenerLimits {
             connections: 4096,
             per_peer: PeerLimits::default(),
-            handshakes: 64,
+            handshakes: 32,
             strangers: 8,
             preamble: Duration::from_secs(3),
         }
@@ -112,8 +113,8 @@ impl Listener {
     /// Accepts connections until dropped. Must run in a `LocalSet` (as tasks
     /// of `tokio_uring::start` do).
     pub async fn run(self, roster: Arc<Roster>, handler: Rc<dyn ConnectionHandler>) {
-        let places = Places::new(self.limits.connections, self.limits.per_peer);
-        let handshakes = Arc::new(Semaphore::new(self.limits.handshakes));
+        let open = Places::new(self.limits.connections, self.limits.per_peer);
+        let mut handshakes: HashMap<IpAddr, Arc<Semaphore>> = HashMap::new();
         let strangers = Arc::new(Semaphore::new(self.limits.strangers));
         let mut tasks = tokio::task::JoinSet::new();
         loop {
@@ -127,31 +128,58 @@ impl Listener {
                     continue;
                 }
             };
-            // Strangers cannot keep peers waiting.
-            let known = roster.peers().any(|p| p.connects_from(address.ip()));
-            let handshake = if known {
-                handshakes.clone().acquire_owned().await.ok()
-            } else {
-                strangers.clone().try_acquire_owned().ok()
+            // Neither strangers nor other peers can keep a peer waiting.
+            let ip = address.ip().to_canonical();
+            let peer = roster.peers().find(|p| p.connects_from(ip));
+            let places = match peer {
+                Some(_) => handshakes
+                    .entry(ip)
+                    .or_insert_with(|| Arc::new(Semaphore::new(self.limits.handshakes))),
+                None => &strangers,
             };
-            let Some(handshake) = handshake else {
-                tracing::debug!(from = %address, "too many strangers: hung up");
+            let Ok(handshake) = places.clone().try_acquire_owned() else {
+                match peer {
+                    Some(peer) => roster.offences().note(
+                        &peer.name,
+                        &format!(
+                            "calls without end: {} connections are unfinished",
+                            self.limits.handshakes
+                        ),
+                    ),
+                    None => tracing::debug!(from = %address, "too many strangers: hung up"),
+                }
                 continue;
             };
             let caller = Caller {
                 tcp,
                 address,
-                places: places.clone(),
+                places: open.clone(),
             };
             let (roster, handler) = (roster.clone(), handler.clone());
             let limit = self.limits.preamble;
             tasks.spawn_local(async move {
                 if let Err(error) = welcome(caller, &roster, &*handler, limit).await {
-                    tracing::warn!(from = %address, %error, "connection turned away");
+                    turned_away(&roster, address, &error);
                 }
                 drop(handshake);
             });
         }
+    }
+}
+
+/// A peer that is only refused is honest: its gang may have ended meanwhile.
+fn turned_away(roster: &Roster, address: SocketAddr, error: &AcceptError) {
+    let peer = roster.peers().find(|p| p.connects_from(address.ip()));
+    let name = peer.map_or("nobody of this cluster", |p| &p.name);
+    match error {
+        AcceptError::TimedOut(_) => {
+            roster
+                .offences()
+                .note(name, &format!("{error}, from {address}"));
+        }
+        _ => roster
+            .offences()
+            .refused(name, &format!("{error}, from {address}")),
     }
 }
 

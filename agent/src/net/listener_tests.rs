@@ -211,3 +211,37 @@ fn a_crowd_of_silent_strangers_keeps_no_peer_waiting() {
         assert!(start.elapsed() < Duration::from_millis(550));
     });
 }
+
+#[test]
+fn a_peer_that_calls_without_end_keeps_no_other_peer_waiting_and_is_named() {
+    on_control(async {
+        let [(a, _), (b, listener)] = cluster([("a1", "A"), ("b1", "B")]);
+        let address = listener.address().unwrap();
+        // Another peer, on an address of its own.
+        let greedy = Member {
+            name: "a2".into(),
+            rack: "A".into(),
+            address: "127.0.0.4:7400".parse().unwrap(),
+            source_addresses: Vec::new(),
+        };
+        let peers = vec![greedy, a.me().clone()];
+        let secret = ClusterSecret::from_bytes([7; 32]);
+        let pki = Pki::new();
+        let me = b.me().clone();
+        let there = Arc::new(Roster::new(me.clone(), peers, &secret, pki.security("b1")));
+        let here = Roster::new(a.me().clone(), vec![me], &secret, pki.security("a1"));
+        tokio::task::spawn_local(listener.run(there.clone(), Rc::new(Keep::default())));
+        let mut crowd = Vec::new();
+        for _ in 0..100 {
+            let socket = tokio::net::TcpSocket::new_v4().unwrap();
+            socket.bind("127.0.0.4:0".parse().unwrap()).unwrap();
+            crowd.push(socket.connect(address).await.unwrap());
+        }
+        let start = Instant::now();
+        dial(&here, "b1", 1).await.unwrap();
+        // Less than the crowd has for its preambles.
+        assert!(start.elapsed() < Duration::from_millis(550));
+        let warnings = there.offences().warnings().concat();
+        assert!(warnings.contains("a2 broke the rules"), "{warnings}");
+    });
+}

@@ -1,11 +1,13 @@
 //! Who belongs to the cluster.
 
+use super::Offences;
 use super::preamble::MembershipKey;
 use super::tls::Security;
 use crate::config::{AgentConfig, ClusterSecret};
 use crate::pki::PkiError;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 /// One agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +41,7 @@ pub struct Roster {
     peers: BTreeMap<String, Member>,
     key: MembershipKey,
     security: Security,
+    offences: Arc<Offences>,
 }
 
 impl Roster {
@@ -50,6 +53,7 @@ impl Roster {
             peers: others.map(|p| (p.name.clone(), p)).collect(),
             key: MembershipKey::derive(secret),
             security,
+            offences: Arc::default(),
             me,
         }
     }
@@ -114,6 +118,11 @@ impl Roster {
     /// How connections are protected.
     pub fn security(&self) -> &Security {
         &self.security
+    }
+
+    /// Who broke the rules, as this agent has seen it.
+    pub fn offences(&self) -> &Arc<Offences> {
+        &self.offences
     }
 
     pub(super) fn key(&self) -> &MembershipKey {

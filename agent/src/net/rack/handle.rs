@@ -85,6 +85,7 @@ impl RackService {
             pages,
             reports: Arc::new(reports),
             limits,
+            offences: roster.offences().clone(),
         };
         let mut links = HashMap::new();
         let mut tasks = Vec::new();

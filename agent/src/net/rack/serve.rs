@@ -2,11 +2,9 @@
 
 use super::park::Parking;
 use super::wire::{self, MAX_FRAME, MAX_PAGES, Message, PageStatus};
-use super::{
-    ClaimServer, Fetched, NotOfTheGang, PageServer, RackLimits, ReportSink, Served, Wanted,
-};
-use crate::net::Stream;
+use super::{ClaimServer, Fetched, PageServer, RackLimits, ReportSink, Served, Wanted};
 use crate::net::frame::{FrameReader, FrameWriter};
+use crate::net::{Offences, Stream};
 use crate::types::{GangId, PAGE_SIZE, Page};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,6 +20,7 @@ pub(super) struct Offer {
     pub(super) pages: Arc<dyn PageServer>,
     pub(super) reports: Arc<ReportSink>,
     pub(super) limits: RackLimits,
+    pub(super) offences: Arc<Offences>,
 }
 
 /// Serves one connection until it ends; returns why it ended.
@@ -48,9 +47,9 @@ pub(super) async fn run(
                 Ok(None) => true,
                 Ok(Some(frame)) => match session.receive(frame) {
                     Ok(()) => false,
-                    Err(why) => return why,
+                    Err(why) => return session.offence(why),
                 },
-                Err(error) => return error.to_string(),
+                Err(error) => return session.offence(error.to_string()),
             };
         }
         let next_poll = session.parking.next_poll().filter(|_| session.has_room());
@@ -99,7 +98,7 @@ impl Session {
         match wire::decode(frame).map_err(|e| e.to_string())? {
             Message::Claim { ticket, gang, op } => {
                 let reply = self.offer.claims.handle(gang, &self.peer, op);
-                let reply = reply.map_err(|e| self.outsider(&e))?;
+                let reply = reply.map_err(|e| e.to_string())?;
                 self.send(&Message::ClaimReply { ticket, reply })
             }
             Message::Fetch {
@@ -109,7 +108,7 @@ impl Session {
                 wanted,
             } => {
                 let admitted = self.offer.pages.admit(gang, &self.peer);
-                admitted.map_err(|e| self.outsider(&e))?;
+                admitted.map_err(|e| e.to_string())?;
                 let limit = Duration::from_millis(limit_ms.into());
                 let limit = limit.min(self.offer.limits.longest_fetch);
                 self.fetch(ticket, gang, Instant::now() + limit, &wanted)
@@ -124,12 +123,11 @@ impl Session {
         }
     }
 
-    /// Names who asked for what is not theirs. No honest agent does: parts in
-    /// a gang are fixed when it is opened.
-    fn outsider(&self, refused: &NotOfTheGang) -> String {
-        tracing::warn!(peer = %self.peer, gang = %refused.gang, why = %refused,
-            "refused and hung up on");
-        refused.to_string()
+    /// Names who did what no honest agent does. Asking for what is not theirs
+    /// is among it: parts in a gang are fixed when it is opened.
+    fn offence(&self, why: String) -> String {
+        self.offer.offences.note(&self.peer, &why);
+        why
     }
 
     fn fetch(

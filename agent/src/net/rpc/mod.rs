@@ -33,6 +33,10 @@ pub struct RpcLimits {
     pub beat: Duration,
     /// Beats without a word from the peer until it is lost.
     pub silent_beats: u32,
+    /// Time in which a message that has begun to come must grow by
+    /// [`RpcLimits::SLOW_BYTES`] or be whole: who sends a byte a second would hold
+    /// its memory for ever.
+    pub slow: Duration,
     /// Time for connecting.
     pub connect: Duration,
     /// First pause after a failed connect; it doubles up to `backoff_max`.
@@ -42,6 +46,9 @@ pub struct RpcLimits {
 }
 
 impl RpcLimits {
+    /// See [`RpcLimits::slow`].
+    pub const SLOW_BYTES: usize = 4096;
+
     /// How long a peer may say nothing.
     pub fn silence(&self) -> Duration {
         self.beat * self.silent_beats
@@ -55,6 +62,7 @@ impl Default for RpcLimits {
             in_flight: 256,
             beat: Duration::from_millis(300),
             silent_beats: 6,
+            slow: Duration::from_secs(10),
             connect: Duration::from_secs(2),
             backoff_min: Duration::from_millis(50),
             backoff_max: Duration::from_secs(1),

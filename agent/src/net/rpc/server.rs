@@ -21,6 +21,10 @@ pub trait RpcHandler<Req, Resp>: 'static {
 
     /// The connection from `peer` ended, because of `why`; it may call again.
     fn lost(&self, peer: &str, why: &str);
+
+    /// `peer` did what no honest agent does; its connection ends, or its
+    /// request is refused.
+    fn offence(&self, peer: &str, why: &str);
 }
 
 /// Serves one `Control` connection until it ends.
@@ -43,8 +47,15 @@ where
         finished,
         running: 0,
         running_bytes: 0,
+        refused: 0,
     };
-    let why = session.run().await;
+    let why = match session.run().await {
+        End::Lost(why) => why,
+        End::Broke(why) => {
+            session.handler.offence(&peer, &why);
+            why
+        }
+    };
     tracing::debug!(%peer, %why, "control connection ended");
     session.handler.lost(&peer, &why);
     drop(incoming.permit);
@@ -61,7 +72,21 @@ struct Session<H> {
     running: usize,
     /// Length of the messages of those requests.
     running_bytes: usize,
+    /// Requests that were refused since others were under way.
+    refused: u64,
 }
+
+/// Why a connection ended.
+enum End {
+    /// As connections do.
+    Lost(String),
+    /// By what the peer sent.
+    Broke(String),
+}
+
+/// Refused requests of a connection after which its peer is named: an honest one
+/// whose calls have timed out may send some.
+const CROWD: u64 = 1000;
 
 struct Finished {
     id: u64,
@@ -70,8 +95,7 @@ struct Finished {
 }
 
 impl<H> Session<H> {
-    /// Returns why the connection ended.
-    async fn run<Req, Resp>(&mut self) -> String
+    async fn run<Req, Resp>(&mut self) -> End
     where
         Req: DeserializeOwned + 'static,
         Resp: Serialize + 'static,
@@ -81,6 +105,8 @@ impl<H> Session<H> {
             tokio::time::interval_at(Instant::now() + self.limits.beat, self.limits.beat);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut silent = 0;
+        // Since when a message is under way, and how much of it there was then.
+        let mut slow: Option<(Instant, usize)> = None;
         loop {
             // A peer that sends but does not read is not read from either.
             let room = self.writer.pending() < 2 * self.limits.max_frame;
@@ -88,7 +114,13 @@ impl<H> Session<H> {
                 biased;
                 filled = self.reader.fill(), if room => {
                     silent = 0;
-                    filled.map_err(|e| e.to_string()).and_then(|()| self.receive::<Req, Resp>())
+                    if let Err(error) = filled {
+                        return End::Lost(error.to_string());
+                    }
+                    if let Err(why) = self.receive::<Req, Resp>() {
+                        return End::Broke(why);
+                    }
+                    Ok(())
                 }
                 drained = self.writer.drain(), if self.writer.pending() > 0 => {
                     if !room {
@@ -100,6 +132,12 @@ impl<H> Session<H> {
                 Some(finished) = self.finished.recv() => self.finish(finished),
                 _ = beat.tick() => {
                     silent += 1;
+                    if self.is_slow(&mut slow) {
+                        let (bytes, slow) = (RpcLimits::SLOW_BYTES, self.limits.slow);
+                        return End::Broke(format!(
+                            "sends a message too slowly: under {bytes} bytes in {slow:?}"
+                        ));
+                    }
                     if silent >= self.limits.silent_beats {
                         Err(format!("it said nothing for {:?}", self.limits.silence()))
                     } else if self.writer.pending() == 0 {
@@ -113,9 +151,24 @@ impl<H> Session<H> {
                 }
             };
             if let Err(why) = step {
-                return why;
+                return End::Lost(why);
             }
         }
+    }
+
+    /// Whether the message that is being read has hardly grown for too long.
+    fn is_slow(&self, since: &mut Option<(Instant, usize)>) -> bool {
+        let unread = self.reader.unread();
+        if unread == 0 {
+            *since = None;
+            return false;
+        }
+        let (at, had) = *since.get_or_insert((Instant::now(), unread));
+        if unread < had || unread >= had + RpcLimits::SLOW_BYTES {
+            *since = Some((Instant::now(), unread));
+            return false;
+        }
+        at.elapsed() >= self.limits.slow
     }
 
     fn receive<Req, Resp>(&mut self) -> Result<(), String>
@@ -139,6 +192,14 @@ impl<H> Session<H> {
                         || self.running_bytes + body.len() > 2 * self.limits.max_frame =>
                 {
                     let why = b"it has too many requests of this agent already; try again";
+                    self.refused += 1;
+                    if self.refused == CROWD {
+                        let most = self.limits.in_flight;
+                        let why = format!(
+                            "asks without end: {CROWD} requests while {most} were under way"
+                        );
+                        self.handler.offence(&self.peer, &why);
+                    }
                     let fault = Envelope::Fault { id, why };
                     let pushed = self.writer.push(|out| fault.encode(out));
                     pushed.map_err(|e| e.to_string())?;

@@ -24,6 +24,7 @@ type Client = RpcClient<Ask, Vec<u8>>;
 struct Server {
     notes: RefCell<Vec<u32>>,
     lost: RefCell<Vec<String>>,
+    offences: RefCell<Vec<String>>,
     finished: Cell<u32>,
     deaf: Cell<bool>,
     held: RefCell<Vec<Incoming>>,
@@ -54,6 +55,10 @@ impl RpcHandler<Ask, Vec<u8>> for Server {
 
     fn lost(&self, _: &str, why: &str) {
         self.lost.borrow_mut().push(why.to_owned());
+    }
+
+    fn offence(&self, peer: &str, why: &str) {
+        self.offences.borrow_mut().push(format!("{peer}: {why}"));
     }
 }
 
@@ -88,6 +93,7 @@ fn small() -> RpcLimits {
     RpcLimits {
         max_frame: 10_000,
         in_flight: 4,
+        slow: Duration::from_secs(1),
         ..RpcLimits::default()
     }
 }
@@ -260,10 +266,7 @@ fn rubbish_closes_the_connection() {
             &[1, 0, 0, 0, 7],
         ];
         for (i, bytes) in bad.into_iter().enumerate() {
-            let kind = crate::net::Kind::Control;
-            let gang = crate::types::GangId(0);
-            let stream = crate::net::connect(&roster, "b1", kind, gang, 0, LIMIT).await;
-            let mut stream = stream.unwrap();
+            let mut stream = raw(&roster).await;
             stream.write_all(bytes).await.unwrap();
             let start = Instant::now();
             while server.lost.borrow().len() <= i {
@@ -272,7 +275,67 @@ fn rubbish_closes_the_connection() {
             }
         }
         assert_eq!(server.finished.get(), 0);
+        let offences = server.offences.borrow();
+        assert!(offences.len() == 4 && offences[0].contains("a1: a frame of"));
     });
+}
+
+#[test]
+fn a_byte_a_second_is_not_waited_for_and_its_sender_is_named() {
+    on_control(async {
+        let (_, server, roster) = start(small());
+        let mut stream = raw(&roster).await;
+        stream.write_all(&[0, 16, 0, 0, 1]).await.unwrap();
+        // The sender shows that it lives, but the message does not grow.
+        while stream.write_all(&[0]).await.is_ok() && server.lost.borrow().is_empty() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        while server.offences.borrow().is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert!(server.offences.borrow()[0].contains("a1: sends a message too slowly"));
+    });
+}
+
+#[test]
+fn who_asks_without_end_is_refused_and_named_once() {
+    on_control(async {
+        let (_, server, roster) = start(small());
+        let stream = raw(&roster).await;
+        let body = postcard::to_stdvec(&Ask::Sleep(5000)).unwrap();
+        let mut requests = Vec::new();
+        for id in 0..5000 {
+            let mut payload = Vec::new();
+            let body = &body;
+            Envelope::Request { id, body }.encode(&mut payload);
+            requests.extend((payload.len() as u32).to_le_bytes());
+            requests.extend(payload);
+        }
+        let (mut read, mut write) = tokio::io::split(stream);
+        let mut nowhere = tokio::io::sink();
+        let reading = tokio::io::copy(&mut read, &mut nowhere);
+        let sending = async {
+            write.write_all(&requests).await.unwrap();
+            write.flush().await.unwrap();
+            while server.offences.borrow().is_empty() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::select! {
+            end = reading => panic!("hung up on: {end:?}"),
+            () = sending => {}
+        }
+        assert_eq!(server.offences.borrow().len(), 1);
+        assert!(server.offences.borrow()[0].contains("a1: asks without end"));
+    });
+}
+
+/// A control connection without a client.
+async fn raw(roster: &Roster) -> Stream {
+    let kind = crate::net::Kind::Control;
+    let gang = crate::types::GangId(0);
+    let stream = crate::net::connect(roster, "b1", kind, gang, 0, LIMIT).await;
+    stream.unwrap()
 }
 
 #[test]
