@@ -21,6 +21,8 @@ pub struct Window {
     pub pacer: Duration,
     /// Time spent with nothing to do at all.
     pub idle: Duration,
+    /// Time the thread had a core.
+    pub on_cpu: Duration,
     /// Bytes before encoding that were sent.
     pub plain_bytes: u64,
     /// Bytes given to the socket.
@@ -88,6 +90,7 @@ impl Adapter {
         window.blocked += seen.blocked;
         window.pacer += seen.pacer;
         window.idle += seen.idle;
+        window.on_cpu += seen.on_cpu;
         window.wire_bytes += seen.wire_bytes;
         window.plain_bytes += seen.plain_bytes;
         if window.elapsed >= MIN_TIME && window.plain_bytes >= MIN_BYTES {
@@ -150,8 +153,9 @@ impl Adapter {
 /// compression history on another lane would gain nothing.
 #[derive(Debug)]
 pub struct Saturation {
-    /// Part of the time, averaged, in which the lane waited for permission or
-    /// for work.
+    /// Part of the time, averaged, in which the lane waited for permission,
+    /// for work or for a core: where there is none left, another lane's thread
+    /// would only wait for one as well.
     share: f64,
 }
 
@@ -175,7 +179,9 @@ impl Saturation {
         // look like waiting for the socket.
         let at_limit =
             max_rate.is_some_and(|max| seen.wire_bytes as f64 / seconds > 0.5 * max as f64);
-        let waited = if at_limit { seen.blocked } else { seen.pacer } + seen.idle;
+        let ran = seen.elapsed.saturating_sub(seen.blocked + seen.idle);
+        let no_core = ran.saturating_sub(seen.on_cpu);
+        let waited = if at_limit { seen.blocked } else { seen.pacer } + seen.idle + no_core;
         let share = (waited.as_secs_f64() / seconds).min(1.0);
         self.share += (share - self.share) * NEWEST;
         self.share > LITTLE
@@ -192,6 +198,7 @@ mod tests {
             encoding: Duration::from_millis(encoding),
             blocked: Duration::from_millis(blocked),
             idle: Duration::from_millis(1000 - encoding - blocked),
+            on_cpu: Duration::from_millis(encoding),
             plain_bytes: mb << 20,
             ..Window::default()
         }
@@ -267,6 +274,7 @@ mod tests {
             encoding: Duration::from_millis(50 - pacer - socket),
             blocked: Duration::from_millis(pacer + socket),
             pacer: Duration::from_millis(pacer),
+            on_cpu: Duration::from_millis(50 - pacer - socket),
             wire_bytes,
             ..Window::default()
         };
@@ -279,6 +287,14 @@ mod tests {
         // The kernel's spacing counts like the pacer's.
         for _ in 0..1000 {
             assert!(saturation.observe(&tick(0, 40, 2 << 20), Some(40 << 20)));
+        }
+        // Nor is one that is to share its core with others.
+        for _ in 0..1000 {
+            let starved = Window {
+                on_cpu: Duration::from_millis(30),
+                ..tick(0, 2, 1 << 20)
+            };
+            assert!(saturation.observe(&starved, Some(400 << 20)));
         }
         // A lane that only compresses asks for help, within a second.
         let needed = (0..20).find(|_| !saturation.observe(&tick(0, 2, 1 << 20), Some(400 << 20)));

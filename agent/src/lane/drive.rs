@@ -19,6 +19,7 @@ use super::setup::RingError;
 use super::stats::LaneCounters;
 use super::tcp;
 use crate::types::Class;
+use nix::time::{ClockId, clock_gettime};
 use socket2::SockRef;
 use std::collections::HashSet;
 use std::sync::{Arc, PoisonError};
@@ -93,6 +94,8 @@ pub(super) struct Connection<'a> {
     zero_copy: bool,
     max_rate: Option<u64>,
     last_tick: Instant,
+    /// CPU time of this thread at the last tick.
+    cpu_before: Duration,
     last_sent: Instant,
     enters_before: u64,
 }
@@ -159,6 +162,7 @@ impl<'a> Connection<'a> {
             zero_copy: true,
             max_rate,
             last_tick: now,
+            cpu_before: thread_cpu_time(),
             last_sent: now,
             enters_before: 0,
         })
@@ -345,6 +349,9 @@ impl<'a> Connection<'a> {
         }
         let mut window = std::mem::take(&mut self.window);
         window.elapsed = elapsed;
+        let cpu = thread_cpu_time();
+        window.on_cpu = cpu.saturating_sub(self.cpu_before);
+        self.cpu_before = cpu;
         if self.lane.shared.config.encode.compress == Compress::Auto {
             self.encoder
                 .set_level(self.adapter.observe(window, max_rate));
@@ -503,4 +510,10 @@ impl<'a> Connection<'a> {
         }
         Ok(())
     }
+}
+
+/// CPU time this thread has used.
+fn thread_cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID);
+    time.expect("Linux has had this clock since 2.6.12").into()
 }

@@ -31,6 +31,12 @@ const RETRANSMITS: f64 = 0.005;
 /// sent nothing for [`RESTART`].
 const START: f64 = 0.25;
 const RESTART: Duration = Duration::from_secs(1);
+/// Readings in a row above the target that make a queue. A busy CPU, where
+/// acknowledgements or their reader come late, shows in one or two of them.
+const STANDING: usize = 3;
+/// The rate that a cut starts from is the highest of about this long: what a
+/// busy CPU leaves of it for a moment is not what filled a queue.
+const PEAK: Duration = Duration::from_millis(400);
 /// Growth a second while it starts: no queue was felt yet.
 const START_GROWTH: f64 = 16.0;
 
@@ -118,8 +124,11 @@ pub struct Controller {
     /// cut, because somebody there wants the link, and forgotten with time.
     caution: f64,
     last_sent: Duration,
-    last_queue: Duration,
-    felt: u32,
+    /// The last readings, newest first.
+    queues: [Duration; STANDING],
+    felt: usize,
+    /// Rate used lately, decaying.
+    peak: f64,
     tenants: VecDeque<(Duration, f64)>,
 }
 
@@ -135,8 +144,9 @@ impl Controller {
             last_cut: None,
             caution: 1.0,
             last_sent: Duration::ZERO,
-            last_queue: Duration::ZERO,
+            queues: [Duration::ZERO; STANDING],
             felt: 0,
+            peak: 0.0,
             tenants: VecDeque::new(),
         }
     }
@@ -257,11 +267,14 @@ impl Controller {
         let late = signal.queue > target;
         let lost = signal.retransmits > RETRANSMITS;
         self.felt = if late || lost { self.felt + 1 } else { 0 };
-        // A CPU that was busy shows as delay once; a queue stays.
-        let queue = signal.queue.min(self.last_queue);
-        self.last_queue = signal.queue;
+        // A queue is what all of them have in common.
+        self.queues.rotate_right(1);
+        self.queues[0] = signal.queue;
+        let queue = self.queues.into_iter().min().unwrap_or_default();
+        let fade = passed.as_secs_f64() / PEAK.as_secs_f64();
+        self.peak = seen.used.max(self.peak * (1.0 - fade.min(1.0)));
         let since_cut = self.last_cut.map(|at| now.saturating_sub(at));
-        if self.felt >= 2 {
+        if self.felt >= STANDING {
             self.starting = false;
             if since_cut.is_none_or(|since| since >= BETWEEN_CUTS) {
                 let keep = (target.as_secs_f64() / queue.as_secs_f64().max(1e-6))
@@ -272,7 +285,7 @@ impl Controller {
                 } else {
                     keep
                 };
-                self.cap = self.cap.min(seen.used.max(floor)) * keep;
+                self.cap = self.cap.min(self.peak.max(floor)) * keep;
                 tracing::debug!(?queue, lost, rate = self.cap, "migration gives way");
                 self.last_cut = Some(now);
                 self.caution = (self.caution * 2.0).min(MOST_CAUTION);
@@ -447,16 +460,16 @@ mod tests {
             retransmits: 0.0,
         });
         let mut rate = CAPACITY;
-        for i in 40..48 {
+        for i in 40..50 {
             rate = control
                 .tick(Duration::from_millis(i * 25), &seen)
                 .rates
                 .precopy;
             seen.used = rate;
         }
-        assert!(rate <= 0.05 * CAPACITY, "after 200 ms: {rate}");
+        assert!(rate <= 0.05 * CAPACITY, "after 250 ms: {rate}");
         seen.lanes = Some(LaneSignal::default());
-        let back = control.tick(Duration::from_millis(48 * 25), &seen);
+        let back = control.tick(Duration::from_millis(50 * 25), &seen);
         assert!(back.rates.precopy < 0.08 * CAPACITY, "comes back slowly");
     }
 

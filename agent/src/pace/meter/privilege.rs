@@ -4,11 +4,7 @@ use super::MeterError;
 
 /// Capabilities the meter needs, with their bits.
 /// Without CAP_PERFMON the kernel's verifier refuses what the programs do.
-const NEEDED: [(&str, u32); 3] = [
-    ("CAP_NET_ADMIN", 12),
-    ("CAP_BPF", 39),
-    ("CAP_PERFMON", 38),
-];
+const NEEDED: [(&str, u32); 3] = [("CAP_NET_ADMIN", 12), ("CAP_BPF", 39), ("CAP_PERFMON", 38)];
 /// Before CAP_BPF and CAP_PERFMON there was only this one, and it still
 /// includes them.
 const SYS_ADMIN: u32 = 21;
@@ -51,14 +47,8 @@ mod tests {
             missing(&status("0000000000000000")).unwrap(),
             "CAP_NET_ADMIN and CAP_BPF and CAP_PERFMON"
         );
-        assert_eq!(
-            missing(&status("0000004000001000")).unwrap(),
-            "CAP_BPF"
-        );
-        assert_eq!(
-            missing(&status("0000008000001000")).unwrap(),
-            "CAP_PERFMON"
-        );
+        assert_eq!(missing(&status("0000004000001000")).unwrap(), "CAP_BPF");
+        assert_eq!(missing(&status("0000008000001000")).unwrap(), "CAP_PERFMON");
         assert_eq!(missing(&status("0000000000201000")), None);
     }
 }
