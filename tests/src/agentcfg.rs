@@ -45,12 +45,8 @@ impl Default for AgentOptions {
             plant: None,
             meter: true,
             policy: String::new(),
-<<<<<<< HEAD
-            log: "info".into(),
-            sandbox: None,
-=======
             log: std::env::var("DROVER_LAB_LOG").unwrap_or_else(|_| "info".into()),
->>>>>>> main
+            sandbox: None,
         }
     }
 }

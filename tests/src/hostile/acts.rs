@@ -56,11 +56,8 @@ impl RawLane {
     /// What comes back next; empty: nothing any more.
     async fn frames(&mut self) -> Result<Vec<ReverseFrame>> {
         let mut bytes = vec![0; 64 << 10];
-        let n = match self.stream.read(&mut bytes).await {
-            Ok(n) => n,
-            // Hung up on while it still sent.
-            Err(_) => 0,
-        };
+        // An error: hung up on while it still sent.
+        let n = self.stream.read(&mut bytes).await.unwrap_or_default();
         let mut frames = Vec::new();
         self.assembler
             .push::<FrameError>(&bytes[..n], |prologue, body| {

@@ -82,7 +82,7 @@ impl Identity {
 /// # Errors
 /// As [`Identity::call`].
 pub async fn call(roster: &Roster, to: &str, kind: Kind, gang: GangId) -> Result<Stream> {
-    Ok(connect(roster, to, kind, gang, 0, CONNECT)
+    connect(roster, to, kind, gang, 0, CONNECT)
         .await
-        .map_err(|error| anyhow::anyhow!("{error}: {}", error.source))?)
+        .map_err(|error| anyhow::anyhow!("{error}: {}", error.source))
 }
