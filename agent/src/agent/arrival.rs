@@ -21,6 +21,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
+/// Steps of an arrival do not wait for its source; see [`Arrival::end_waits`].
+pub(super) struct EndsWaits<'a>(&'a watch::Sender<usize>);
+
+impl Drop for EndsWaits<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|n| *n -= 1);
+    }
+}
+
 /// One VM on its way in.
 pub(super) struct Arrival {
     pub(super) gang: GangId,
@@ -47,8 +56,9 @@ pub(super) struct Arrival {
     pub(super) fenced: Cell<Option<Instant>>,
     /// Serialises the steps of the handover.
     pub(super) step: tokio::sync::Mutex<()>,
-    /// Somebody means to end it: steps that wait for its source do not go on.
-    ending: watch::Sender<bool>,
+    /// How many mean to end it: steps that wait for its source do not go on
+    /// while there are any.
+    ending: watch::Sender<usize>,
 }
 
 /// What there is of the VM here.
@@ -98,7 +108,7 @@ impl Arrival {
             minded: Cell::new(false),
             fenced: Cell::default(),
             step: tokio::sync::Mutex::new(()),
-            ending: watch::Sender::new(false),
+            ending: watch::Sender::new(0),
         };
         arrival.enter(state);
         arrival
@@ -143,22 +153,23 @@ impl Arrival {
         }
     }
 
-    /// Ends the waits of steps under way, or lets steps wait again. A source
+    /// Ends the waits of steps, for as long as what is returned lives. A source
     /// that says how long they are to wait must not decide how long the gang's
     /// end waits for them.
-    pub(super) fn end_waits(&self, end: bool) {
-        self.ending.send_replace(end);
+    pub(super) fn end_waits(&self) -> EndsWaits<'_> {
+        self.ending.send_modify(|n| *n += 1);
+        EndsWaits(&self.ending)
     }
 
     /// Whether waits are to end.
     pub(super) fn is_ending(&self) -> bool {
-        *self.ending.borrow()
+        *self.ending.borrow() > 0
     }
 
     /// Returns when waits are to end.
     pub(super) async fn ending(&self) {
         // The sender is in `self`.
-        let _ = self.ending.subscribe().wait_for(|end| *end).await;
+        let _ = self.ending.subscribe().wait_for(|n| *n > 0).await;
     }
 
     /// Its source has spoken.

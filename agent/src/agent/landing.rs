@@ -47,15 +47,9 @@ impl Agent {
     /// it, and says what that came to.
     pub(super) async fn land(&self, arrival: &Rc<Arrival>, event: TargetEvent) -> Target {
         let ends = matches!(event, TargetEvent::Abort | TargetEvent::GiveUp);
-        if ends {
-            arrival.end_waits(true);
-        }
+        let _ends = ends.then(|| arrival.end_waits());
         let _step = arrival.step.lock().await;
-        let state = self.land_locked(arrival, event).await;
-        if ends {
-            arrival.end_waits(false);
-        }
-        state
+        self.land_locked(arrival, event).await
     }
 
     /// [`Agent::land`], for a caller that holds the VM's step.
@@ -282,7 +276,7 @@ impl Agent {
         let Some(arrival) = self.landing(gang, vm) else {
             return Ok(());
         };
-        arrival.end_waits(true);
+        let ends = arrival.end_waits();
         let state = {
             let _step = arrival.step.lock().await;
             if event == TargetEvent::Abort {
@@ -293,7 +287,7 @@ impl Agent {
             }
             self.land_locked(&arrival, event).await
         };
-        arrival.end_waits(false);
+        drop(ends);
         match state {
             Target::Closing(RunsOn::Source) | Target::Over(RunsOn::Source) => Ok(()),
             Target::Loaded => Err(format!(

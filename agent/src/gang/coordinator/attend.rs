@@ -98,7 +98,7 @@ impl<C: Caller> Gang<C> {
         let request = GangRequest::Progress { gang };
         match self.caller.call(host, request, limit).await {
             Ok(GangResponse::Progress(vms)) => {
-                self.merge(vms);
+                self.merge(host, vms);
                 Ok(())
             }
             Ok(other) => Err(NoAnswer::Stranger(unexpected(host, other))),
@@ -113,10 +113,14 @@ impl<C: Caller> Gang<C> {
         }
     }
 
-    fn merge(&self, vms: Vec<VmState>) {
+    /// Takes over what `host` tells of the VMs that leave it. Of others' it
+    /// has nothing to tell.
+    fn merge(&self, host: &str, vms: Vec<VmState>) {
         let mut state = self.state.borrow_mut();
         for vm in vms {
+            let own = state.spec.vm(vm.vm).is_some_and(|plan| plan.from == host);
             if let Some(slot) = state.vms.get_mut(vm.vm.0 as usize)
+                && own
                 && !slot.phase.is_final()
             {
                 *slot = vm;
