@@ -1,10 +1,11 @@
 //! What is built once and kept: `target/lab/<name>-<digest of the inputs>`.
 
+use crate::limit;
 use anyhow::{Context, Result, bail};
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 /// The workspace's folder.
 pub fn workspace() -> PathBuf {
@@ -101,9 +102,7 @@ fn remove_older(dir: &Path, name: &str, newest: &Path) {
 /// # Errors
 /// When it cannot be started or fails; the message holds its stderr.
 pub fn run(command: &mut Command) -> Result<Output> {
-    let out = command
-        .output()
-        .with_context(|| format!("cannot run {command:?}: is it installed?"))?;
+    let out = output(command)?;
     if !out.status.success() {
         bail!(
             "{command:?} failed ({}): {}",
@@ -112,4 +111,18 @@ pub fn run(command: &mut Command) -> Result<Output> {
         );
     }
     Ok(out)
+}
+
+/// Runs a command to its end, be it a failure, and returns what it printed.
+///
+/// # Errors
+/// When it cannot be started or does not end within [`limit::COMMAND`].
+pub fn output(command: &mut Command) -> Result<Output> {
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {command:?}: is it installed?"))?;
+    limit::output(child, limit::COMMAND).with_context(|| format!("{command:?}"))
 }

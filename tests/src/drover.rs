@@ -2,6 +2,7 @@
 
 use crate::agentcfg::{self, AgentFiles, AgentOptions};
 use crate::cache;
+use crate::limit;
 use crate::registry;
 use crate::sandbox::Sandbox;
 use crate::topology::{Host, Lab};
@@ -103,9 +104,7 @@ impl Agent {
     fn ready(&mut self) -> Result<()> {
         let until = Instant::now() + START;
         loop {
-            if let Ok(output) = self.command(&["status", "--json"])?.output()
-                && output.status.success()
-            {
+            if cache::run(&mut self.command(&["status", "--json"])?).is_ok() {
                 return Ok(());
             }
             if let Some(status) = self.child.try_wait()? {
@@ -143,6 +142,14 @@ impl Agent {
     pub fn run(&self, args: &[&str]) -> Result<Output> {
         cache::run(&mut self.command(args)?)
             .with_context(|| format!("agent {}:\n{}", self.name, self.log_tail()))
+    }
+
+    /// As [`Agent::run`], but the command may fail.
+    ///
+    /// # Errors
+    /// When it does not end in time.
+    pub fn try_run(&self, args: &[&str]) -> Result<Output> {
+        cache::output(&mut self.command(args)?)
     }
 
     /// What the agent says of itself.
@@ -395,10 +402,10 @@ impl Migration {
     /// Waits for its end, whatever it is.
     ///
     /// # Errors
-    /// When the command cannot be waited for.
+    /// When the command does not end within [`limit::COMMAND`].
     pub fn end(mut self) -> Result<Ended> {
         let child = self.child.take().context("waited for already")?;
-        let output = child.wait_with_output()?;
+        let output = limit::output(child, limit::COMMAND).context("drover migrate")?;
         Ok(Ended {
             success: output.status.success(),
             code: output.status.code(),

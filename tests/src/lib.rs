@@ -6,6 +6,7 @@
 //!   [`netns`] namespaces; [`registry`] takes everything down again.
 //! - [`qemu`] runs VMMs, [`qmp`] talks to them, [`agentcfg`] and [`drover`]
 //!   run agents and the `drover` command.
+//! - [`limit`] keeps waits from being endless.
 //! - [`stage`] and [`play`] are what end-to-end tests stand on.
 //! - [`check`] compares guest RAM and watches guests; [`tenant`] is the
 //!   traffic that a migration should not hurt.
@@ -22,6 +23,7 @@ pub mod drover;
 pub mod gang;
 pub mod guest;
 pub mod hostile;
+pub mod limit;
 pub mod netns;
 pub mod pattern;
 pub mod play;

@@ -262,10 +262,7 @@ fn vm_in_doubt_waits_for_the_operator_and_obeys() -> Result<()> {
 fn gang_without_its_coordinator_is_taken_over() -> Result<()> {
     let mut play = Play::new()?;
     let held = play.held_at(Moment::SwitchGranted, BESIDE)?;
-    let early = play
-        .agent(ENDS[1])
-        .command(&["gang", "resume", "gang"])?
-        .output()?;
+    let early = play.agent(ENDS[1]).try_run(&["gang", "resume", "gang"])?;
     ensure!(!early.status.success(), "its coordinator lives: {early:?}");
     play.kill(BESIDE);
     held.release()?;

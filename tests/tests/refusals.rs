@@ -62,7 +62,7 @@ fn ram_that_is_not_shared_is_refused_and_the_vm_runs_on() -> Result<()> {
         fs::write(AgentFiles::of(host).definitions.join("vm1.toml"), text)?;
     }
     let agent = stage.cluster.agent("r1h1");
-    let run = agent.command(&["vm", "run", "vm1"])?.output()?;
+    let run = agent.try_run(&["vm", "run", "vm1"])?;
     if !run.status.success() {
         let said = String::from_utf8_lossy(&run.stderr);
         ensure!(said.contains("share=on"), "no remedy in: {said}");

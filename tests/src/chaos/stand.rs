@@ -216,7 +216,7 @@ impl Stand {
             // What is left of it where it died is cleared away.
             for rack in 1..=2 {
                 let agent = self.agent(rack, vm.host);
-                let _not_there = agent.command(&["vm", "stop", &vm.name])?.output()?;
+                let _not_there = agent.try_run(&["vm", "stop", &vm.name])?;
             }
             let at = self.places(vm, rack);
             let _old = fs::remove_file(&at.serial);
