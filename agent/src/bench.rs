@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 /// One measured figure.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BenchRow {
-    /// What was measured, e.g. `fingerprint.gmac`.
+    /// What was measured, e.g. `fingerprint.page`.
     pub name: String,
     /// The figure, in `unit`.
     pub value: f64,

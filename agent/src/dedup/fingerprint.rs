@@ -1,31 +1,36 @@
 //! Keyed 128-bit names for page content.
 //!
-//! The fingerprint of a page is its AES-GMAC tag: AES-128-GCM with an empty
-//! plaintext, the page as associated data, and **one fixed nonce**. For
-//! authentication a repeated nonce is fatal, because whoever sees two tags under
-//! it can solve for the hash key. Here the construction serves another purpose.
-//! With key and nonce fixed the tag is `GHASH_H(page) ⊕ constant`, and GHASH under
-//! a secret `H` is an almost-universal hash: two different pages, chosen without
-//! knowledge of `H`, collide with probability at most 257/2^128 < 2^-119 (257
-//! blocks, the degree of the difference polynomial). That needs exactly one thing:
-//! the outputs stay secret. So fingerprints are never logged (their `Debug` tells
-//! nothing), never stored on disk, and cross the network only inside TLS, to
-//! agents that hold the same cluster secret anyway. A guest never sees one, and
-//! what it could learn from timing (that some page of its own domain equals one
-//! it wrote) does not reveal tag bits.
+//! The fingerprint of a page is made in two steps, both of them *universal hashes*
+//! under secret keys: [NH](super::nh) turns the page into 32 bytes, a
+//! [multilinear hash](super::multilinear) these into 16. Two different pages,
+//! chosen without knowledge of the keys, collide in NH with probability at most
+//! 2^-128, and otherwise in the second with 2^-127: together less than 2^-126. That
+//! needs exactly one thing: the outputs stay secret, since the keys follow from
+//! enough of them. So fingerprints are never logged (their `Debug` tells nothing),
+//! never stored on disk, and cross the network only inside TLS, to agents that hold
+//! the same cluster secret anyway. A guest never sees one, and what it could learn
+//! from timing (that some page of its own domain equals one it wrote) does not
+//! reveal bits of the output.
+//!
+//! AES-GMAC of the page with one fixed nonce is a universal hash in the same sense
+//! (`GHASH_H(page) ⊕ constant`, bound 257/2^128 < 2^-119), and it is what digests of
+//! fingerprints use. For pages it is too slow: where AES-GCM has no AVX-512 it takes
+//! twice as long as reading the page (`drover bench fingerprint`).
 //!
 //! Keys are derived per *dedup domain*, so pages of different domains can match
 //! only by the chance above. The one exception is the zero page: it is
 //! [`Fingerprint::ZERO`] in every domain and is recognised without the key.
 
+use super::{multilinear::MultilinearKey, nh::NhKey};
 use crate::{
     config::ClusterSecret,
     types::{Fingerprint, PAGE_SIZE, Page},
 };
 use aws_lc_rs::{
     aead::{AES_128_GCM, Aad, LessSafeKey, Nonce, UnboundKey},
-    hkdf::{HKDF_SHA256, Salt},
+    hkdf::{HKDF_SHA256, KeyType, Prk, Salt},
 };
+use zeroize::Zeroizing;
 
 /// Marks a page of which the target has nothing certain: never sent, or sent and
 /// lost. No page has this fingerprint.
@@ -34,15 +39,35 @@ pub const UNSENT: Fingerprint = Fingerprint([0xff; 16]);
 /// Fingerprints digested as one block.
 pub(super) const DIGEST_BLOCK: usize = 4096;
 
-const NONCE_PAGE: [u8; 12] = *b"drover page1";
 const NONCE_BLOCK: [u8; 12] = *b"drover blck1";
 const NONCE_ROOT: [u8; 12] = *b"drover root1";
 
 /// The fingerprint key of one dedup domain. Cheap to use from several threads at
-/// once; the key schedule is wiped when dropped.
+/// once; the keys are wiped when dropped.
 pub struct FingerprintKey {
-    pages: LessSafeKey,
+    pages: NhKey,
+    shorten: MultilinearKey,
     digests: LessSafeKey,
+}
+
+/// For HKDF: how much of it is taken.
+struct Len(usize);
+
+impl KeyType for Len {
+    fn len(&self) -> usize {
+        self.0
+    }
+}
+
+/// Key bytes for a purpose. The purposes have one length, so purpose and domain
+/// cannot run into each other.
+fn derive_bytes<const N: usize>(prk: &Prk, purpose: &[u8; 6], domain: &str) -> Zeroizing<[u8; N]> {
+    const { assert!(N <= 255 * 32, "HKDF's limit") }
+    let mut bytes = Zeroizing::new([0; N]);
+    prk.expand(&[purpose, domain.as_bytes()], Len(N))
+        .and_then(|okm| okm.fill(&mut bytes[..]))
+        .expect("shorter than HKDF's limit");
+    bytes
 }
 
 impl std::fmt::Debug for FingerprintKey {
@@ -55,19 +80,15 @@ impl FingerprintKey {
     /// Derives the key of `domain`. The same secret and domain give the same key
     /// on every host; different domains give independent keys.
     pub fn derive(secret: &ClusterSecret, domain: &str) -> Self {
-        let prk = Salt::new(HKDF_SHA256, b"drover dedup v1").extract(secret.as_bytes());
-        let key = |purpose: &[u8]| {
-            // The purposes have one length, so purpose and domain cannot run
-            // into each other.
-            let info = [purpose, domain.as_bytes()];
-            let okm = prk
-                .expand(&info, &AES_128_GCM)
-                .expect("16 bytes are less than HKDF's limit");
-            LessSafeKey::new(UnboundKey::from(okm))
-        };
+        let prk = Salt::new(HKDF_SHA256, b"drover dedup v2").extract(secret.as_bytes());
+        let info: [&[u8]; 2] = [b"digest", domain.as_bytes()];
+        let digests = prk
+            .expand(&info, &AES_128_GCM)
+            .expect("16 bytes are less than HKDF's limit");
         Self {
-            pages: key(b"page  "),
-            digests: key(b"digest"),
+            pages: NhKey::new(&derive_bytes(&prk, b"page  ", domain)),
+            shorten: MultilinearKey::new(&derive_bytes(&prk, b"short ", domain)),
+            digests: LessSafeKey::new(UnboundKey::from(digests)),
         }
     }
 
@@ -77,7 +98,8 @@ impl FingerprintKey {
         if is_zero_page(page) {
             return Fingerprint::ZERO;
         }
-        keep_clear(gmac(&self.pages, NONCE_PAGE, page))
+        let hash = self.shorten.hash(&self.pages.hash(page));
+        keep_clear(Fingerprint(hash.to_le_bytes()))
     }
 
     /// A number that is the same for the same domain, and another one for
@@ -102,25 +124,23 @@ impl FingerprintKey {
 
     /// Tag of one block of [`DIGEST_BLOCK`] fingerprints (the last may be shorter).
     pub(super) fn block_tag(&self, fps: &[u8]) -> [u8; 16] {
-        gmac(&self.digests, NONCE_BLOCK, fps).0
+        gmac(&self.digests, NONCE_BLOCK, fps)
     }
 
     /// Digest of the tags of all blocks and the count of fingerprints.
     pub(super) fn root_tag(&self, tags: impl Iterator<Item = [u8; 16]>, count: u64) -> [u8; 16] {
         let mut bytes: Vec<u8> = tags.flatten().collect();
         bytes.extend_from_slice(&count.to_le_bytes());
-        gmac(&self.digests, NONCE_ROOT, &bytes).0
+        gmac(&self.digests, NONCE_ROOT, &bytes)
     }
 }
 
-fn gmac(key: &LessSafeKey, nonce: [u8; 12], data: &[u8]) -> Fingerprint {
+fn gmac(key: &LessSafeKey, nonce: [u8; 12], data: &[u8]) -> [u8; 16] {
     let nonce = Nonce::assume_unique_for_key(nonce);
     let tag = key
         .seal_in_place_separate_tag(nonce, Aad::from(data), &mut [])
         .expect("AES-GCM of an empty plaintext has no way to fail");
-    let mut fp = [0; 16];
-    fp.copy_from_slice(tag.as_ref());
-    Fingerprint(fp)
+    tag.as_ref().try_into().expect("tags have 16 bytes")
 }
 
 /// Moves the two bit patterns that mean something else out of the way. The chance
@@ -193,13 +213,13 @@ mod tests {
     }
 
     #[test]
-    fn a_fingerprint_is_the_gmac_of_the_page() {
+    fn a_fingerprint_is_as_defined() {
         // Pins the definition, since agents of different builds must agree. The
-        // value was computed with HMAC-SHA256 and `openssl mac ... GMAC`.
+        // value was computed from the definitions by another program.
         let key = FingerprintKey::derive(&secret(), "pinned");
         let fp = key.fingerprint(&page(1));
-        let pinned = 0x1df4_966e_84ac_e494_c0f5_4573_cd96_2012_u128;
-        assert_eq!(fp.0, pinned.to_be_bytes());
+        let pinned = 0x413aedb0d555330a247a2161facfda42_u128;
+        assert_eq!(fp.0, pinned.to_le_bytes());
     }
 
     #[test]

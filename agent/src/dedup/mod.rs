@@ -27,6 +27,8 @@ pub mod table;
 pub mod target_vm;
 
 mod arrival;
+mod multilinear;
+mod nh;
 mod place;
 mod plan;
 mod source_vm;
