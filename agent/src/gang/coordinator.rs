@@ -148,11 +148,14 @@ impl<C: Caller> Gang<C> {
     /// `Cancelled` afterwards, and no agent holds anything of the gang.
     pub async fn run(self: &Rc<Self>) -> GangState {
         let facts = self.check_all().await;
+        tracing::debug!(after = ?self.started.elapsed(), "gang checked");
         self.moments.reach_gang(Moment::Checked).await;
         self.open_all().await;
+        tracing::debug!(after = ?self.started.elapsed(), "gang opened");
         self.moments.reach_gang(Moment::Opened).await;
         self.core_before.set(self.core_bytes().await);
         self.start_all(facts).await;
+        tracing::debug!(after = ?self.started.elapsed(), "gang started");
         self.moments.reach_gang(Moment::Started).await;
         self.drive().await;
         self.end_gang().await

@@ -191,7 +191,7 @@ impl SourceVm {
             .await
             .map_err(fail("sending its device state"))?;
         let info = qmp
-            .migration()
+            .outgone_migration()
             .await
             .map_err(fail("asking for the migration's figures"))?;
         if status != MigrationStatus::Completed {

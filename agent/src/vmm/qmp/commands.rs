@@ -254,12 +254,18 @@ impl Qmp {
         self.execute("migrate_cancel", Value::Null).await.map(drop)
     }
 
-    /// `query-migrate`. Right at its end the figures can still be zero: then
-    /// it is asked again, for at most 200 ms.
+    /// `query-migrate`.
     pub async fn migration(&self) -> Result<MigrationInfo, QmpError> {
+        self.ask("query-migrate", Value::Null).await
+    }
+
+    /// As [`Self::migration`], for a migration that has gone out just now. Right
+    /// at its end the figures can still be zero: then it is asked again, for at
+    /// most 200 ms. (One that has come *in* never has any.)
+    pub async fn outgone_migration(&self) -> Result<MigrationInfo, QmpError> {
         let mut left = 20;
         loop {
-            let info: MigrationInfo = self.ask("query-migrate", Value::Null).await?;
+            let info = self.migration().await?;
             let settled = info.status != MigrationStatus::Completed
                 || info.ram.is_some_and(|r| r.transferred > 0)
                     && info.total_ms.is_some_and(|ms| ms > 0);

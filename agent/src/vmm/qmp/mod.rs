@@ -17,7 +17,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -256,13 +256,16 @@ impl Qmp {
             id,
         };
         let line = compose(id, command, &arguments);
+        let asked = Instant::now();
         let answer = timeout(limit, async {
             // A failed send means the writer has closed the connection, which
             // has dropped our sender as well.
             let _ = self.0.outbox.send(line).await;
             rx.await
         });
-        match answer.await {
+        let answer = answer.await;
+        tracing::trace!(socket = %self.0.path.display(), command, took = ?asked.elapsed(), "QMP command");
+        match answer {
             Err(_) => Err(QmpError::Timeout {
                 path: self.0.path.clone(),
                 command: command.to_owned(),
