@@ -23,7 +23,7 @@ use super::definition::{Definition, VmPaths};
 use super::dirty::{DirtyLog, ScanStats};
 use super::launch::{Launched, Role, Vmm, blocking, remove_files};
 use super::preflight::{DirectFacts, check_source, check_target};
-use super::qmp::{Cursor, MigrationInfo, MigrationStatus, QmpError, RunState};
+use super::qmp::{Cursor, MigrationStatus, QmpError, RunState};
 use super::ram::{GuestRam, RamLayout};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -161,15 +161,18 @@ impl SourceVm {
     ///
     /// On success the VMM stands still for good: the target owns the VM as
     /// soon as the journal says so. On failure, [`Self::roll_back`].
-    pub async fn state_out(
-        &self,
-        socket: &Path,
-        limit: Duration,
-    ) -> Result<MigrationInfo, DirectError> {
+    pub async fn state_out(&self, socket: &Path, limit: Duration) -> Result<(), DirectError> {
         let vmm = &self.vmm;
         let qmp = &vmm.qmp;
         let fail = |doing| qmp_error(vmm, doing);
-        let state = qmp.status().await.map_err(fail("asking for its state"))?;
+        // At once: the guest stands still meanwhile.
+        let (state, ()) = tokio::try_join!(
+            async { qmp.status().await.map_err(fail("asking for its state")) },
+            async {
+                let set_up = setup::apply(vmm).await;
+                set_up.map_err(fail("setting up the move of its device state"))
+            },
+        )?;
         if state == RunState::Running {
             let doing = "being paused; somebody resumed it";
             return Err(DirectError::RunState {
@@ -178,9 +181,6 @@ impl SourceVm {
                 have: state,
             });
         }
-        setup::apply(vmm)
-            .await
-            .map_err(fail("setting up the move of its device state"))?;
         let cursor = qmp.cursor();
         let uri = format!("unix:{}", socket.display());
         qmp.migrate(&uri)
@@ -190,12 +190,10 @@ impl SourceVm {
             .wait_migration_over(cursor, limit)
             .await
             .map_err(fail("sending its device state"))?;
-        let info = qmp
-            .outgone_migration()
-            .await
-            .map_err(fail("asking for the migration's figures"))?;
         if status != MigrationStatus::Completed {
+            let info = qmp.migration().await;
             let why = info
+                .map_err(fail("asking why its device state stayed"))?
                 .error_desc
                 .unwrap_or_else(|| "QEMU gives no reason".into());
             return Err(DirectError::State {
@@ -204,7 +202,7 @@ impl SourceVm {
                 why,
             });
         }
-        Ok(info)
+        Ok(())
     }
 
     /// [`roll_back`] of this VM.

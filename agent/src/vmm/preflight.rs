@@ -76,14 +76,24 @@ pub async fn check_source(vmm: &Vmm) -> Result<(DirectFacts, RamLayout), Preflig
             have: version,
         });
     }
-    let state = qmp.status().await.map_err(asked)?;
+    // Asked all at once: QEMU answers in this order, without waiting for us in
+    // between, and the gang waits for the slowest of its VMs.
+    let (state, migration, (), (), (backend, layout), machine, kvm, blocks) = tokio::try_join!(
+        async { qmp.status().await.map_err(asked) },
+        async { qmp.migration().await.map_err(asked) },
+        check_capabilities(vmm),
+        check_devices(vmm),
+        check_ram(vmm),
+        async { qmp.machine_type().await.map_err(asked) },
+        async { qmp.kvm().await.map_err(asked) },
+        async { qmp.human("info ramblock").await.map_err(asked) },
+    )?;
     if !matches!(state, RunState::Running | RunState::Paused) {
         return Err(PreflightError::State {
             vm: vm.clone(),
             state: state_name(&state),
         });
     }
-    let migration = qmp.migration().await.map_err(asked)?;
     if !migration.status.is_over() {
         let status = format!("{:?}", migration.status);
         return Err(PreflightError::Migrating {
@@ -91,16 +101,13 @@ pub async fn check_source(vmm: &Vmm) -> Result<(DirectFacts, RamLayout), Preflig
             status,
         });
     }
-    check_capabilities(vmm).await?;
-    check_devices(vmm).await?;
-    let (backend, layout) = check_ram(vmm).await?;
     let facts = DirectFacts {
         name: vm.clone(),
         ram_bytes: layout.len,
-        machine: qmp.machine_type().await.map_err(asked)?,
+        machine,
         version,
-        kvm: qmp.kvm().await.map_err(asked)?,
-        state_ram_bytes: check_other_ram(vmm, &backend, layout.len).await?,
+        kvm,
+        state_ram_bytes: check_other_ram(vmm, &blocks, &backend, layout.len)?,
         backend,
         running: state == RunState::Running,
     };
@@ -116,16 +123,20 @@ pub async fn check_target(vmm: &Vmm, facts: &DirectFacts) -> Result<RamLayout, P
         vm: vm.clone(),
         source,
     };
-    let state = qmp.status().await.map_err(asked)?;
+    let (state, (), (), (backend, layout), machine, kvm) = tokio::try_join!(
+        async { qmp.status().await.map_err(asked) },
+        check_capabilities(vmm),
+        check_devices(vmm),
+        check_ram(vmm),
+        async { qmp.machine_type().await.map_err(asked) },
+        async { qmp.kvm().await.map_err(asked) },
+    )?;
     if state != RunState::Inmigrate {
         return Err(PreflightError::State {
             vm: vm.clone(),
             state: state_name(&state),
         });
     }
-    check_capabilities(vmm).await?;
-    check_devices(vmm).await?;
-    let (backend, layout) = check_ram(vmm).await?;
     let same = |what, have: String, wanted: String| {
         if have == wanted {
             return Ok(());
@@ -144,13 +155,8 @@ pub async fn check_target(vmm: &Vmm, facts: &DirectFacts) -> Result<RamLayout, P
         facts.ram_bytes.to_string(),
     )?;
     same("RAM backend's id", backend, facts.backend.clone())?;
-    same(
-        "machine type",
-        qmp.machine_type().await.map_err(asked)?,
-        facts.machine.clone(),
-    )?;
+    same("machine type", machine, facts.machine.clone())?;
     let accelerator = |kvm| if kvm { "kvm" } else { "tcg" }.to_owned();
-    let kvm = qmp.kvm().await.map_err(asked)?;
     same("accelerator", accelerator(kvm), accelerator(facts.kvm))?;
     let version = qmp.version();
     // Patch releases go both ways.
@@ -222,7 +228,10 @@ async fn check_devices(vmm: &Vmm) -> Result<(), PreflightError> {
         vm: vm.clone(),
         source,
     };
-    let tree = vmm.qmp.human("info qtree").await.map_err(asked)?;
+    let (tree, network) = tokio::try_join!(
+        async { vmm.qmp.human("info qtree").await.map_err(asked) },
+        async { vmm.qmp.human("info network").await.map_err(asked) },
+    )?;
     const BY_THEMSELVES: [&str; 5] = ["vfio", "vhost-user", "vhost-vdpa", "vhost-scsi", "pvrdma"];
     for (kind, id) in parse_devices(&tree) {
         if BY_THEMSELVES.iter().any(|p| kind.starts_with(p)) || kind.contains("vdpa") {
@@ -237,7 +246,6 @@ async fn check_devices(vmm: &Vmm) -> Result<(), PreflightError> {
             });
         }
     }
-    let network = vmm.qmp.human("info network").await.map_err(asked)?;
     for kind in ["vhost-user", "vhost-vdpa"] {
         if network.contains(&format!("type={kind}")) {
             let device = format!("a network of type {kind}");
@@ -258,8 +266,10 @@ async fn check_ram(vmm: &Vmm) -> Result<(String, RamLayout), PreflightError> {
         vm: vm.clone(),
         source,
     };
-    let backends = qmp.memory_backends().await.map_err(asked)?;
-    let plugged = qmp.memory_device_count().await.map_err(asked)?;
+    let (backends, plugged) = tokio::try_join!(
+        async { qmp.memory_backends().await.map_err(asked) },
+        async { qmp.memory_device_count().await.map_err(asked) },
+    )?;
     let id = match backends.as_slice() {
         [one] if plugged == 0 => one.id.clone().unwrap_or_else(|| "(without id)".into()),
         _ => {
@@ -276,7 +286,14 @@ async fn check_ram(vmm: &Vmm) -> Result<(String, RamLayout), PreflightError> {
         }
     };
     let path = format!("/objects/{id}");
-    let type_name = qmp.qom_get(&path, "type").await.map_err(asked)?;
+    let (asked, path) = (&asked, path.as_str());
+    let property = |name| async move { qmp.qom_get(path, name).await.map_err(asked) };
+    let (type_name, file, share) = tokio::try_join!(
+        property("type"),
+        // Of a backend of another type neither is asked for below.
+        async { Ok(property("mem-path").await) },
+        property("share"),
+    )?;
     let type_name = type_name.as_str().unwrap_or("?").to_owned();
     if type_name != "memory-backend-file" {
         return Err(PreflightError::BackendType {
@@ -285,9 +302,8 @@ async fn check_ram(vmm: &Vmm) -> Result<(String, RamLayout), PreflightError> {
             type_name,
         });
     }
-    let file = qmp.qom_get(&path, "mem-path").await.map_err(asked)?;
-    let file = PathBuf::from(file.as_str().unwrap_or_default());
-    if qmp.qom_get(&path, "share").await.map_err(asked)? != true {
+    let file = PathBuf::from(file?.as_str().unwrap_or_default());
+    if share != true {
         return Err(PreflightError::NotShared {
             vm: vm.clone(),
             backend: id,
@@ -351,21 +367,21 @@ fn others_mapping(id: (u64, u64), known: &[i32]) -> Option<(i32, String)> {
 }
 
 /// Bytes of RAM blocks besides the backend's, which has to be one of them and
-/// whole.
-async fn check_other_ram(vmm: &Vmm, backend: &str, len: u64) -> Result<u64, PreflightError> {
+/// whole. `blocks`: what `info ramblock` says.
+fn check_other_ram(
+    vmm: &Vmm,
+    blocks: &str,
+    backend: &str,
+    len: u64,
+) -> Result<u64, PreflightError> {
     let vm = &vmm.name;
-    let text = vmm.qmp.human("info ramblock").await;
-    let text = text.map_err(|source| PreflightError::Qmp {
-        vm: vm.clone(),
-        source,
-    })?;
     let unclear = |what: String| PreflightError::Monitor {
         vm: vm.clone(),
         version: vmm.qmp.version(),
         command: "info ramblock",
         what,
     };
-    let blocks = parse_ramblocks(&text).map_err(unclear)?;
+    let blocks = parse_ramblocks(blocks).map_err(unclear)?;
     // `ram`, or `/objects/ram` with machine types before 4.0.
     let is_ram = |b: &&RamBlock| b.name.rsplit('/').next() == Some(backend);
     match blocks.iter().filter(is_ram).collect::<Vec<_>>().as_slice() {

@@ -75,23 +75,6 @@ pub struct MigrationInfo {
     /// Why it failed.
     #[serde(default)]
     pub error_desc: Option<String>,
-    /// Milliseconds since its start.
-    #[serde(default, rename = "total-time")]
-    pub total_ms: Option<u64>,
-    /// Milliseconds the guest stood still, in QEMU's own view.
-    #[serde(default, rename = "downtime")]
-    pub downtime_ms: Option<u64>,
-    /// Traffic.
-    #[serde(default)]
-    pub ram: Option<MigrationRam>,
-}
-
-/// The part of [`MigrationInfo`] on bytes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MigrationRam {
-    /// Bytes sent.
-    #[serde(default)]
-    pub transferred: u64,
 }
 
 fn no_migration() -> MigrationStatus {
@@ -257,24 +240,6 @@ impl Qmp {
     /// `query-migrate`.
     pub async fn migration(&self) -> Result<MigrationInfo, QmpError> {
         self.ask("query-migrate", Value::Null).await
-    }
-
-    /// As [`Self::migration`], for a migration that has gone out just now. Right
-    /// at its end the figures can still be zero: then it is asked again, for at
-    /// most 200 ms. (One that has come *in* never has any.)
-    pub async fn outgone_migration(&self) -> Result<MigrationInfo, QmpError> {
-        let mut left = 20;
-        loop {
-            let info = self.migration().await?;
-            let settled = info.status != MigrationStatus::Completed
-                || info.ram.is_some_and(|r| r.transferred > 0)
-                    && info.total_ms.is_some_and(|ms| ms > 0);
-            left -= 1;
-            if settled || left == 0 {
-                return Ok(info);
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
     }
 
     /// Waits from `cursor` on for the `MIGRATION` event (capability `events`)
