@@ -4,7 +4,7 @@ use crate::{build, setup, shell};
 use anyhow::{Context, Result, bail};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 #[derive(clap::Args)]
@@ -27,6 +27,9 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 58)]
     limit_min: u64,
 }
+
+/// How long a test program that is ended may take to take its labs down.
+const TAKE_DOWN: Duration = Duration::from_secs(20);
 
 /// The one test in `tests/*.rs` that needs no root.
 const ROOTLESS: &str = "fuzz_corpus";
@@ -236,8 +239,7 @@ impl Tally {
                 break Some(status);
             }
             if Instant::now() >= limit {
-                child.kill()?;
-                child.wait()?;
+                end(&mut child)?;
                 break None;
             }
             std::thread::sleep(Duration::from_millis(50));
@@ -265,6 +267,22 @@ impl Tally {
         }
         Ok(())
     }
+}
+
+/// Ends a test program that takes too long: in order first, so that it takes its
+/// labs down, and by force if it does not.
+fn end(child: &mut Child) -> Result<()> {
+    let _ = Command::new("kill").arg(child.id().to_string()).status();
+    let until = Instant::now() + TAKE_DOWN;
+    while Instant::now() < until {
+        if child.try_wait()?.is_some() {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    child.kill()?;
+    child.wait()?;
+    Ok(())
 }
 
 /// The number before `what` in "test result: ok. 5 passed; 0 failed; ...".
