@@ -2,6 +2,9 @@
 //! made by the project's own encoders. `agent/tests/fuzz_corpus.rs` checks
 //! that they are in the corpus and still accepted, and writes them when asked.
 
+#[path = "seeds/stream.rs"]
+mod stream;
+
 use super::targets_common::{KEY, NONCE};
 use drover::api::types::{AdoptVm, Cancel, MigrationOptions, MigrationRequest, RunVm};
 use drover::gang::handover::machine::{Whose, Word};
@@ -76,6 +79,7 @@ pub fn seeds(repository: &Path) -> Vec<Seed> {
     json(&mut add);
     ethernet(&mut add);
     map_values(&mut add);
+    stream::seeds(&mut add);
     seeds
 }
 

@@ -6,6 +6,9 @@
 //! Each returns whether (one of) its parsers accepted the bytes, so that the
 //! test can tell a seed that has gone stale.
 
+#[path = "targets/stream.rs"]
+pub mod stream;
+
 use drover::api::types::{AdoptVm, Cancel, MigrationRequest, RunVm};
 use drover::config::{
     AgentConfig, ByteSize, Checks, ClusterSecret, IpPrefix, Problems, TlsConfig, is_name,
@@ -68,6 +71,9 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("host_text", host_text),
     ("ethernet", ethernet),
     ("map_values", map_values),
+    ("stream_main", stream::stream_main),
+    ("stream_multifd", stream::stream_multifd),
+    ("stream_reply", stream::stream_reply),
 ];
 
 /// Pages of the VM that lane targets pretend to fill: 1 GiB.
