@@ -51,14 +51,16 @@ where
         end -= start;
         start = 0;
         let n = match from.read(&mut buffer[end..]) {
-            Ok(0) => {
-                parser.finish(end)?;
-                return Ok(sink.end()?);
-            }
             Ok(n) => n,
             Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+            // A peer that is gone and has not read everything: an end like any other.
+            Err(e) if e.kind() == ErrorKind::ConnectionReset => 0,
             Err(e) => return Err(CarryError::Read(e)),
         };
+        if n == 0 {
+            parser.finish(end)?;
+            return Ok(sink.end()?);
+        }
         end += n;
         read(n);
     }

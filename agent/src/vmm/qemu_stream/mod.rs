@@ -28,6 +28,8 @@ mod session;
 pub mod write;
 
 #[cfg(test)]
+mod relay_tests;
+#[cfg(test)]
 mod samples;
 #[cfg(test)]
 mod tests;
