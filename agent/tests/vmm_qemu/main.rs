@@ -7,5 +7,6 @@ mod harness;
 mod inject;
 mod migrate;
 mod private;
+mod rate;
 mod refuse;
 mod stream;

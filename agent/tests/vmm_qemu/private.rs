@@ -19,7 +19,18 @@ pub(crate) struct Private {
     ram_kib: u64,
 }
 
-/// RAM of the tests' guests. Under TCG, QEMU 7.2 loses dirty pages of its own
+/// What a QEMU is started for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Role {
+    /// Its guest runs.
+    Source,
+    /// It waits for `migrate-incoming`, and does not run afterwards.
+    Target,
+    /// Its guest has not run yet; RAM of this size.
+    Still { ram_kib: u64 },
+}
+
+/// RAM of guests that run. Under TCG, QEMU 7.2 loses dirty pages of its own
 /// pre-copy when the size is a multiple of 256 KiB.
 fn ram_kib(accel: Accel) -> u64 {
     match accel {
@@ -29,15 +40,17 @@ fn ram_kib(accel: Accel) -> u64 {
 }
 
 impl Private {
-    /// Starts VM `name`; as a target it waits for `migrate-incoming`, and does not
-    /// run afterwards.
-    pub(crate) async fn start(host: &Host, name: &str, accel: Accel, target: bool) -> Private {
+    /// Starts VM `name`.
+    pub(crate) async fn start(host: &Host, name: &str, accel: Accel, role: Role) -> Private {
         let (kind, machine) = match accel {
             Accel::Tcg => ("tcg", "q35"),
             Accel::Kvm => ("kvm", "pc"),
         };
         let socket = host.dir.join(format!("{name}.qmp"));
-        let kib = ram_kib(accel);
+        let kib = match role {
+            Role::Still { ram_kib } => ram_kib,
+            Role::Source | Role::Target => ram_kib(accel),
+        };
         let mut qemu = Command::new("/usr/bin/qemu-system-x86_64");
         qemu.args(["-accel", kind, "-machine", machine])
             .args(["-m", &format!("{kib}K"), "-kernel"])
@@ -49,8 +62,14 @@ impl Private {
             // target's KVM write its time page: RAM would not be equal.
             qemu.args(["-cpu", "qemu64,kvmclock=off"]);
         }
-        if target {
-            qemu.args(["-S", "-incoming", "defer"]);
+        match role {
+            Role::Source => {}
+            Role::Target => {
+                qemu.args(["-S", "-incoming", "defer"]);
+            }
+            Role::Still { .. } => {
+                qemu.arg("-S");
+            }
         }
         let log = host.dir.join(format!("{name}.log"));
         qemu.stdin(Stdio::null())

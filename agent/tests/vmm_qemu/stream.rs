@@ -1,7 +1,7 @@
 //! QEMU's own migration through the relay, between real QEMUs with private RAM.
 
 use crate::harness::*;
-use crate::private::Private;
+use crate::private::{Private, Role};
 use drover::vmm::qemu_stream::{
     Fault, Identity, Limits, RawFrom, Refusal, RelayError, StreamRelay, StreamReport,
 };
@@ -101,8 +101,8 @@ fn relaying(host: &Host, to: &Path) -> (PathBuf, Relaying) {
 fn moves(accel: Accel, channels: Option<u8>) {
     run(async {
         let host = Host::new();
-        let source = Private::start(&host, "source", accel, false).await;
-        let target = Private::start(&host, "target", accel, true).await;
+        let source = Private::start(&host, "source", accel, Role::Source).await;
+        let target = Private::start(&host, "target", accel, Role::Target).await;
         source.at_work();
         for qemu in [&source, &target] {
             qemu.capabilities(&["return-path", "events"]).await;
@@ -181,13 +181,13 @@ fn multifd_streams_arrive_byte_for_byte_kvm() {
 fn a_stream_that_breaks_leaves_the_vm_at_its_source() {
     run(async {
         let host = Host::new();
-        let mut source = Private::start(&host, "source", Accel::Tcg, false).await;
+        let mut source = Private::start(&host, "source", Accel::Tcg, Role::Source).await;
         source.at_work();
         source.capabilities(&["return-path", "events"]).await;
         // So slow that every one of these breaks it half way.
         source.parameter("max-bandwidth", 1 << 20).await;
         for breaks in ["the operator cancels", "the target dies", "the source dies"] {
-            let mut target = Private::start(&host, "target", Accel::Tcg, true).await;
+            let mut target = Private::start(&host, "target", Accel::Tcg, Role::Target).await;
             target.capabilities(&["return-path", "events"]).await;
             let incoming = host.dir.join("incoming");
             target.listen(&incoming).await;
@@ -231,7 +231,7 @@ fn a_stream_that_breaks_leaves_the_vm_at_its_source() {
 fn kinds_of_migration_that_are_not_carried_are_refused() {
     run(async {
         let host = Host::new();
-        let source = Private::start(&host, "source", Accel::Tcg, false).await;
+        let source = Private::start(&host, "source", Accel::Tcg, Role::Source).await;
         source.at_work();
         let nowhere = host.dir.join("target");
         let _target = UnixListener::bind(&nowhere).unwrap();

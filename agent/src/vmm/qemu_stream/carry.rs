@@ -3,7 +3,11 @@
 use super::cut::Parse;
 use super::error::StreamError;
 use super::route::{Sink, SinkError};
-use std::io::{self, ErrorKind, Read};
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use thiserror::Error;
 
 /// Bytes of a connection that are read at once.
@@ -26,7 +30,7 @@ pub enum CarryError {
 /// Carries all of `from` to `sink`, until `from` ends where it may. `first` was
 /// read before. `read` hears how many bytes came each time.
 pub(super) fn carry<P, S>(
-    mut from: impl Read,
+    from: &UnixStream,
     first: &[u8],
     parser: &mut P,
     mut sink: S,
@@ -45,23 +49,37 @@ where
             start += used;
             sink.take(item)?;
         }
-        sink.flush()?;
         // What is left is shorter than a record.
         buffer.copy_within(start..end, 0);
         end -= start;
         start = 0;
-        let n = match from.read(&mut buffer[end..]) {
-            Ok(n) => n,
-            Err(e) if e.kind() == ErrorKind::Interrupted => continue,
-            // A peer that is gone and has not read everything: an end like any other.
-            Err(e) if e.kind() == ErrorKind::ConnectionReset => 0,
-            Err(e) => return Err(CarryError::Read(e)),
+        let n = match receive(from, &mut buffer[end..], MsgFlags::MSG_DONTWAIT) {
+            Err(Errno::EAGAIN) => {
+                sink.flush()?;
+                receive(from, &mut buffer[end..], MsgFlags::empty())
+            }
+            at_once => at_once,
         };
-        if n == 0 {
-            parser.finish(end)?;
-            return Ok(sink.end()?);
+        match n.map_err(|errno| CarryError::Read(errno.into()))? {
+            0 => {
+                parser.finish(end)?;
+                return Ok(sink.end()?);
+            }
+            n => {
+                end += n;
+                read(n);
+            }
         }
-        end += n;
-        read(n);
+    }
+}
+
+fn receive(from: &UnixStream, into: &mut [u8], how: MsgFlags) -> Result<usize, Errno> {
+    loop {
+        match recv(from.as_raw_fd(), into, how) {
+            Err(Errno::EINTR) => {}
+            // A peer that is gone and has not read everything: an end like any other.
+            Err(Errno::ECONNRESET) => return Ok(0),
+            received => return received,
+        }
     }
 }

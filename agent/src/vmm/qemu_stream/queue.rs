@@ -1,8 +1,9 @@
 //! The bounded queue between a connection's parser and what writes to the other
 //! side: chunks of bytes that go round, so that nothing is allocated under way.
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use std::collections::VecDeque;
 use std::io::{self, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// A chunk is handed over when it has this many bytes, or earlier when there is
 /// nothing more to read at the moment.
@@ -14,26 +15,51 @@ pub const ITEM_BYTES: usize = 64 << 10;
 pub const CHUNKS: usize = 3;
 const CAPACITY: usize = CHUNK_BYTES + ITEM_BYTES;
 
-enum Piece {
-    Chunk(Vec<u8>),
+#[derive(Debug)]
+struct State {
+    full: VecDeque<Vec<u8>>,
+    empty: Vec<Vec<u8>>,
     /// Nothing more will come, and all that came was whole.
-    End,
+    ended: bool,
+    sender_gone: bool,
+    receiver_gone: bool,
+}
+
+/// A lock and a condition: whoever waits sleeps at once. Channels that spin and
+/// yield first lose the processor for whole time slices where it is contended,
+/// and here each hand-over is followed by another.
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    /// The state, once `ready` is through with it.
+    fn wait(&self, mut ready: impl FnMut(&State) -> bool) -> MutexGuard<'_, State> {
+        // Nothing panics while it holds the lock; the state is whole in any case.
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        self.changed
+            .wait_while(state, |state| !ready(state))
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.wait(|_| true));
+        self.changed.notify_one();
+    }
 }
 
 /// The end that fills chunks.
 #[derive(Debug)]
 pub struct ChunkSender {
     filling: Vec<u8>,
-    full: Sender<Piece>,
-    empty: Receiver<Vec<u8>>,
+    shared: Arc<Shared>,
 }
 
 /// The end that empties them.
 #[derive(Debug)]
-pub struct ChunkReceiver {
-    full: Receiver<Piece>,
-    empty: Sender<Vec<u8>>,
-}
+pub struct ChunkReceiver(Arc<Shared>);
 
 /// The other end of the queue is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,23 +67,22 @@ pub struct Gone;
 
 /// A queue of [`CHUNKS`] chunks, each for less than [`CHUNK_BYTES`] and one more item.
 pub fn queue() -> (ChunkSender, ChunkReceiver) {
-    let (to_full, full) = bounded(CHUNKS + 1);
-    let (to_empty, empty) = bounded(CHUNKS);
-    for _ in 1..CHUNKS {
-        // There is room for all of them.
-        let _ = to_empty.try_send(Vec::with_capacity(CAPACITY));
-    }
-    let filling = Vec::with_capacity(CAPACITY);
+    let chunk = || Vec::with_capacity(CAPACITY);
+    let shared = Arc::new(Shared {
+        state: Mutex::new(State {
+            full: VecDeque::with_capacity(CHUNKS),
+            empty: (1..CHUNKS).map(|_| chunk()).collect(),
+            ended: false,
+            sender_gone: false,
+            receiver_gone: false,
+        }),
+        changed: Condvar::new(),
+    });
     let sender = ChunkSender {
-        filling,
-        full: to_full,
-        empty,
+        filling: chunk(),
+        shared: shared.clone(),
     };
-    let receiver = ChunkReceiver {
-        full,
-        empty: to_empty,
-    };
-    (sender, receiver)
+    (sender, ChunkReceiver(shared))
 }
 
 impl ChunkSender {
@@ -74,21 +99,33 @@ impl ChunkSender {
         self.flush()
     }
 
-    /// Hands over what there is.
+    /// Hands over what there is; waits for an empty chunk.
     pub fn flush(&mut self) -> Result<(), Gone> {
         if self.filling.is_empty() {
             return Ok(());
         }
-        let next = self.empty.recv().map_err(|_| Gone)?;
-        let full = std::mem::replace(&mut self.filling, next);
-        self.full.send(Piece::Chunk(full)).map_err(|_| Gone)
+        let ready = |state: &State| state.receiver_gone || !state.empty.is_empty();
+        let mut state = self.shared.wait(ready);
+        let next = state.empty.pop().filter(|_| !state.receiver_gone);
+        let full = std::mem::replace(&mut self.filling, next.ok_or(Gone)?);
+        state.full.push_back(full);
+        drop(state);
+        self.shared.changed.notify_one();
+        Ok(())
     }
 
     /// Hands over the rest, and that it is the end. A sender that is dropped
     /// without it has broken off: nobody may take that for an end.
     pub fn end(mut self) -> Result<(), Gone> {
         self.flush()?;
-        self.full.send(Piece::End).map_err(|_| Gone)
+        self.shared.change(|state| state.ended = true);
+        Ok(())
+    }
+}
+
+impl Drop for ChunkSender {
+    fn drop(&mut self) {
+        self.shared.change(|state| state.sender_gone = true);
     }
 }
 
@@ -104,17 +141,28 @@ pub enum Drained {
 impl ChunkReceiver {
     /// Writes chunks to `to` as they come; `written` hears of each.
     pub fn drain(self, mut to: impl Write, written: impl Fn(usize)) -> io::Result<Drained> {
-        while let Ok(piece) = self.full.recv() {
-            let Piece::Chunk(mut chunk) = piece else {
-                return Ok(Drained::Whole);
+        loop {
+            let ready = |state: &State| !state.full.is_empty() || state.ended || state.sender_gone;
+            let mut state = self.0.wait(ready);
+            let Some(mut chunk) = state.full.pop_front() else {
+                return Ok(if state.ended {
+                    Drained::Whole
+                } else {
+                    Drained::Broken
+                });
             };
+            drop(state);
             to.write_all(&chunk)?;
             written(chunk.len());
             chunk.clear();
-            // Nobody waits for it when the sender is gone.
-            let _ = self.empty.send(chunk);
+            self.0.change(|state| state.empty.push(chunk));
         }
-        Ok(Drained::Broken)
+    }
+}
+
+impl Drop for ChunkReceiver {
+    fn drop(&mut self) {
+        self.0.change(|state| state.receiver_gone = true);
     }
 }
 

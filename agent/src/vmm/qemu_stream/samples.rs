@@ -109,7 +109,7 @@ impl Stream {
                 }
             };
             let cont = if named { 0 } else { 0x20 };
-            this = this.long(page * PAGE as u64 | flag | cont);
+            this = this.long((page * PAGE as u64) | flag | cont);
             if named {
                 this = this.counted(block);
             }
