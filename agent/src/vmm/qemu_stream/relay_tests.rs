@@ -167,8 +167,8 @@ fn what_was_sent_is_not_held_back() {
     }
     // The magic, the configuration with its UUID, OPEN_RETURN_PATH; of PING, two bytes.
     let wanted = 8 + 15 + 40 + 5;
-    let arrived = exactly(&mut play.accept(), wanted);
-    assert_eq!(arrived, main[..wanted]);
+    let mut target = play.accept();
+    assert_eq!(exactly(&mut target, wanted), main[..wanted]);
     drop(source);
     assert!(play.error().contains("the connection ended where"));
 }
