@@ -1,12 +1,8 @@
 //! What a QEMU sends and answers when it migrates. What has to hold is with the
 //! parsers, where the property tests use it too.
 
+use super::step;
 use drover::vmm::qemu_stream::fuzz::{fuzz_main, fuzz_multifd, fuzz_reply};
-
-/// How long pieces are in which a stream is delivered a second time.
-fn step(bytes: &[u8]) -> usize {
-    1 + bytes.len() % 61
-}
 
 /// A main connection: written again it is the same, however it was cut.
 pub fn stream_main(bytes: &[u8]) -> bool {
