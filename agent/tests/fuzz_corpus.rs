@@ -2,16 +2,16 @@
 //! libFuzzer and without nightly: what fuzzing has found once stays found.
 //! Needs no root.
 
-#[path = "../../fuzz/seeds.rs"]
+#[path = "../../fuzz/seeds/mod.rs"]
 pub mod seeds;
-#[path = "../../fuzz/targets_common.rs"]
-pub mod targets_common;
+#[path = "../../fuzz/targets/mod.rs"]
+pub mod targets;
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use targets_common::TARGETS;
+use targets::TARGETS;
 
 /// Set to write the seeds instead of comparing the corpus with them.
 const WRITE: &str = "DROVER_WRITE_FUZZ_SEEDS";

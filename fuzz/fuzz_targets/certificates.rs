@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    drover_fuzz::certificates(bytes);
+    drover_fuzz::net::certificates(bytes);
 });

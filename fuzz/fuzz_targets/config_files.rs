@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    drover_fuzz::config_files(bytes);
+    drover_fuzz::files::config_files(bytes);
 });

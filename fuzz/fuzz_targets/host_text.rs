@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    drover_fuzz::host_text(bytes);
+    drover_fuzz::host::host_text(bytes);
 });

@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    drover_fuzz::lane_records(bytes);
+    drover_fuzz::lane::lane_records(bytes);
 });

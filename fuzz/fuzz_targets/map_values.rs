@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    drover_fuzz::map_values(bytes);
+    drover_fuzz::host::map_values(bytes);
 });

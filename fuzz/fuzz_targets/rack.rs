@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    drover_fuzz::rack(bytes);
+    drover_fuzz::net::rack(bytes);
 });

@@ -10,6 +10,7 @@ use crate::save::{self, Saved};
 use crate::topology::{CoreCounters, Lab, Shape};
 use anyhow::{Result, bail};
 use drover::api::types::Outcome;
+use drover::cli::render;
 
 /// What runs in the VMs of a lab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -242,7 +243,12 @@ fn report(
             vm.pages.resent
         );
     }
-    out += &stop_times(migrated);
+    out += "\n";
+    out += &render::stops(&migrated.report);
+    let stops = migrated.report.vms.iter().filter_map(|vm| vm.stop);
+    if let Some(most) = stops.map(|stop| stop.handover_ms()).reduce(f64::max) {
+        out += &format!("handover, commit and resume together: at most {most:.1} ms of a stop\n");
+    }
     let mb = |bytes: u64| bytes as f64 / 1e6;
     out += &format!(
         "\n{:.1} s; {:.0} MB over the core link for {:.0} MB of RAM: {:.0} %",
@@ -258,34 +264,4 @@ fn report(
         );
     }
     out + "\n"
-}
-
-/// Where the time of each stop went, as the source agents measured it.
-fn stop_times(migrated: &Migrated) -> String {
-    let mut out = format!(
-        "\n{:8} {:>6} {:>11} {:>8} {:>13} {:>7} {:>7} {:>9}\n",
-        "stop, ms",
-        "pause",
-        "last pages",
-        "digests",
-        "device state",
-        "commit",
-        "resume",
-        "handover"
-    );
-    for vm in &migrated.report.vms {
-        let Some(stop) = vm.stop else { continue };
-        out += &format!(
-            "{:8} {:>6.1} {:>11.1} {:>8.1} {:>13.1} {:>7.1} {:>7.1} {:>9.1}\n",
-            vm.name,
-            stop.pause_ms,
-            stop.last_pages_ms,
-            stop.seal_ms,
-            stop.device_ms,
-            stop.commit_ms,
-            stop.resume_ms,
-            stop.handover_ms()
-        );
-    }
-    out
 }

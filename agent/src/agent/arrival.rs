@@ -289,3 +289,83 @@ impl Check {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gang::journal::Side;
+    use std::path::Path;
+    use std::pin::pin;
+
+    fn arrival() -> Arrival {
+        let dir = Path::new("/nowhere");
+        let care = Care::new(GangId(1), "web1", Side::Target, "a1", "");
+        Arrival::new(
+            "a1",
+            Definition::parse("web1.toml", include_str!("../../../configs/vms/web1.toml")).unwrap(),
+            VmPaths::new(dir, dir, "web1"),
+            Held::Nothing,
+            Target::Waiting,
+            care,
+        )
+    }
+
+    /// Whether a step that waits for the source would stop waiting now.
+    async fn waits_end(arrival: &Arrival) -> bool {
+        let ended = tokio::select! {
+            biased;
+            () = arrival.ending() => true,
+            () = std::future::ready(()) => false,
+        };
+        assert_eq!(ended, arrival.is_ending());
+        ended
+    }
+
+    #[tokio::test]
+    async fn waits_are_over_until_the_last_who_ended_them_is_done() {
+        let arrival = arrival();
+        assert!(!waits_end(&arrival).await);
+        let first = arrival.end_waits();
+        assert!(waits_end(&arrival).await);
+        let second = arrival.end_waits();
+        // The first to finish does not let steps wait again under the other.
+        drop(first);
+        assert!(waits_end(&arrival).await);
+        drop(second);
+        assert!(!waits_end(&arrival).await);
+    }
+
+    #[tokio::test]
+    async fn an_abort_that_is_dropped_half_way_lets_steps_wait_again() {
+        let arrival = arrival();
+        let step = arrival.step.lock().await;
+        {
+            // As an abort does it: it ends the waits, then wants the step, which
+            // somebody else has.
+            let mut abort = pin!(async {
+                let _ends = arrival.end_waits();
+                let _step = arrival.step.lock().await;
+            });
+            tokio::select! {
+                biased;
+                () = &mut abort => unreachable!("the step is taken"),
+                () = std::future::ready(()) => {}
+            }
+            assert!(waits_end(&arrival).await);
+        }
+        assert!(!waits_end(&arrival).await);
+        drop(step);
+    }
+
+    #[tokio::test]
+    async fn a_step_that_waits_already_is_woken() {
+        let arrival = arrival();
+        let end = async {
+            tokio::task::yield_now().await;
+            arrival.end_waits()
+        };
+        let wait = tokio::time::timeout(Duration::from_secs(30), arrival.ending());
+        let (woken, _ends) = tokio::join!(wait, end);
+        assert!(woken.is_ok());
+    }
+}

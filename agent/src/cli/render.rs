@@ -220,8 +220,9 @@ pub fn report(report: &GangReport) -> String {
     text
 }
 
-/// Where the time of each VM's stop went.
-fn stops(report: &GangReport) -> String {
+/// Where the time of each VM's stop went, as the source agents measured it;
+/// empty if no VM was stopped.
+pub fn stops(report: &GangReport) -> String {
     let mut table = table([
         "stop, ms",
         "pause",

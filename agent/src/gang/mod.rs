@@ -31,3 +31,5 @@ pub mod verify;
 
 #[cfg(test)]
 mod domain_tests;
+#[cfg(test)]
+pub(crate) mod testing;

@@ -46,7 +46,7 @@ pub struct TargetGang {
     awaited: Mutex<Vec<(Instant, Fingerprint)>>,
     failures: Mutex<AHashMap<VmIndex, Arc<OnceLock<String>>>>,
     /// Pages to be asked for as soon as there is a lane to do it on.
-    unasked: Mutex<Vec<Need>>,
+    unasked: Mutex<Vec<(VmIndex, Gfn)>>,
     /// Contents that did not come from where they were said to be, by that host.
     broken: Mutex<AHashMap<HolderId, Broken>>,
 }
@@ -198,16 +198,8 @@ impl TargetGang {
     /// Asks again for everything that a VM still waits for: requests may have
     /// been lost with their lane.
     pub fn ask_again(&self, vm: VmIndex, placed: &TargetVm) {
-        let needs = placed.pending_pages(MAX_NEEDS).into_iter();
-        self.ask(
-            needs
-                .map(|gfn| Need {
-                    vm,
-                    gfn,
-                    fp: Fingerprint::ZERO,
-                })
-                .collect(),
-        );
+        let pages = placed.pending_pages(MAX_NEEDS).into_iter();
+        self.ask(pages.map(|gfn| (vm, gfn)));
     }
 
     /// Gives up content that this host itself was to receive and that has not
@@ -236,7 +228,7 @@ impl TargetGang {
             });
         for fp in late {
             self.broken(self.me, |b| b.late += 1);
-            self.ask(self.store.not_fetched(fp, NotFetched::Late));
+            self.ask_instead(self.store.not_fetched(fp, NotFetched::Late));
         }
     }
 
@@ -284,7 +276,7 @@ impl TargetGang {
             let Some(host) = self.server(holder) else {
                 for fp in fps {
                     self.broken(holder, |b| b.gone += 1);
-                    self.ask(self.store.not_fetched(fp, NotFetched::Gone));
+                    self.ask_instead(self.store.not_fetched(fp, NotFetched::Gone));
                 }
                 continue;
             };
@@ -328,7 +320,7 @@ impl TargetGang {
                 self.store.not_fetched(fp, NotFetched::Late)
             }
         };
-        self.ask(needs);
+        self.ask_instead(needs);
     }
 
     /// Named at once, and at the end with how often.
@@ -345,11 +337,16 @@ impl TargetGang {
         }
     }
 
+    /// Asks the sources for pages whose content did not come as it should have.
+    fn ask_instead(&self, needs: Vec<Need>) {
+        self.ask(needs.into_iter().map(|need| (need.vm, need.gfn)));
+    }
+
     /// Asks the sources for pages in full.
-    fn ask(&self, needs: Vec<Need>) {
+    fn ask(&self, pages: impl IntoIterator<Item = (VmIndex, Gfn)>) {
         let mut by_vm: AHashMap<VmIndex, Vec<Gfn>> = AHashMap::new();
-        for need in needs {
-            by_vm.entry(need.vm).or_default().push(need.gfn);
+        for (vm, gfn) in pages {
+            by_vm.entry(vm).or_default().push(gfn);
         }
         for (vm, gfns) in by_vm {
             let Some(source) = self.spec.vm(vm).map(|v| v.from.as_str()) else {
@@ -368,8 +365,7 @@ impl TargetGang {
             // without them, and asks again.
             let mut unasked = self.unasked.lock().unwrap_or_else(PoisonError::into_inner);
             if unasked.len() + gfns.len() <= MAX_UNASKED {
-                let fp = Fingerprint::ZERO;
-                unasked.extend(gfns.into_iter().map(|gfn| Need { vm, gfn, fp }));
+                unasked.extend(gfns.into_iter().map(|gfn| (vm, gfn)));
             } else {
                 tracing::warn!(gang = %self.spec.name, %source, pages = gfns.len(),
                     "no open lane to ask the source for pages");
@@ -434,7 +430,7 @@ impl BatchSink for LaneSink {
             store.arrive_page(&vm, gfn, round, page).map_err(refused)?;
         }
         let mut fetches: AHashMap<HolderId, Vec<Fingerprint>> = AHashMap::new();
-        let mut needs = Vec::new();
+        let mut unsettled = Vec::new();
         let mut awaits = Vec::new();
         for r in &batch.entries.refs {
             let arrival = store
@@ -446,13 +442,7 @@ impl BatchSink for LaneSink {
                 RefArrival::Await => {
                     awaits.push((Instant::now() + gang.fetch_limit, r.fingerprint))
                 }
-                RefArrival::Need => {
-                    needs.push(Need {
-                        vm: batch.head.vm,
-                        gfn: r.gfn,
-                        fp: r.fingerprint,
-                    });
-                }
+                RefArrival::Need => unsettled.push((batch.head.vm, r.gfn)),
             }
         }
         if !awaits.is_empty() {
@@ -463,7 +453,7 @@ impl BatchSink for LaneSink {
         }
         (gang.wake)();
         gang.start_fetches(fetches);
-        gang.ask(needs);
+        gang.ask(unsettled);
         Ok(Placement::Placed)
     }
 }

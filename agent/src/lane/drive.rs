@@ -401,7 +401,7 @@ impl<'a> Connection<'a> {
             return Ok(Gate::Socket);
         }
         let stop_copy_waits = self.stop_copy_waits();
-        let max_chunk = self.chunk_len().min(self.outflow.room(self.zero_copy));
+        let max_chunk = self.chunk_len().min(self.outflow.room());
         let Some(frame) = &mut self.current else {
             return Ok(Gate::NoFrame);
         };

@@ -18,6 +18,7 @@
 //! are in `docs/lanes.md`, the bytes on the wire in `docs/protocol.md`.
 
 pub mod adapt;
+mod aead;
 pub mod assemble;
 pub mod batch;
 pub mod bench;
@@ -63,6 +64,8 @@ pub use tcp::TcpReading;
 
 #[cfg(test)]
 mod codec_tests;
+#[cfg(test)]
+mod interop_tests;
 #[cfg(test)]
 mod record_tests;
 #[cfg(test)]

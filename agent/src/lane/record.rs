@@ -9,7 +9,7 @@
 //!         (authenticated)        |            (encrypted)
 //! ```
 
-use aws_lc_rs::aead::{AES_128_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
+use super::aead::{KEY_LEN, Key, NONCE_LEN};
 use rustls::{ConnectionTrafficSecrets, ExtractedSecrets};
 use std::io;
 use std::net::TcpStream;
@@ -101,24 +101,25 @@ pub fn body_len(header: &[u8; HEADER]) -> Result<usize, RecordError> {
 
 /// The key of one direction, and how many records it was used for.
 pub(super) struct RecordKey {
-    key: LessSafeKey,
+    key: Key,
     iv: Zeroizing<[u8; NONCE_LEN]>,
     sequence: u64,
 }
 
 impl RecordKey {
-    fn new(key: &[u8], iv: &[u8], sequence: u64) -> io::Result<RecordKey> {
+    pub(super) fn new(key: &[u8], iv: &[u8], sequence: u64) -> io::Result<RecordKey> {
         let unusable = || io::Error::other("TLS gave keys that lanes cannot use");
-        let key = UnboundKey::new(&AES_128_GCM, key).map_err(|_| unusable())?;
         let iv = iv.try_into().map_err(|_| unusable())?;
         Ok(RecordKey {
-            key: LessSafeKey::new(key),
+            key: Key::new(key).ok_or_else(unusable)?,
             iv: Zeroizing::new(iv),
             sequence,
         })
     }
 
-    fn from_tls((sequence, secrets): (u64, ConnectionTrafficSecrets)) -> io::Result<RecordKey> {
+    pub(super) fn from_tls(
+        (sequence, secrets): (u64, ConnectionTrafficSecrets),
+    ) -> io::Result<RecordKey> {
         match secrets {
             ConnectionTrafficSecrets::Aes128Gcm { key, iv } => {
                 RecordKey::new(key.as_ref(), iv.as_ref(), sequence)
@@ -135,7 +136,7 @@ impl RecordKey {
     }
 
     /// The next record's nonce; each is given out once.
-    fn nonce(&mut self) -> Nonce {
+    fn nonce(&mut self) -> [u8; NONCE_LEN] {
         let mut nonce = *self.iv;
         for (byte, count) in nonce[NONCE_LEN - 8..]
             .iter_mut()
@@ -144,7 +145,7 @@ impl RecordKey {
             *byte ^= count;
         }
         self.sequence += 1;
-        Nonce::assume_unique_for_key(nonce)
+        nonce
     }
 
     /// Seals `plain` (at most [`MAX_PLAIN`]) as one record of content type
@@ -166,11 +167,13 @@ impl RecordKey {
         }
         let len = (body.len() as u16).to_be_bytes();
         *header = [OUTER, 3, 3, len[0], len[1]];
-        let (cipher, end) = body.split_at_mut(plain.len());
+        let (text, tag) = body.split_at_mut(plain.len() + 1);
+        text[..plain.len()].copy_from_slice(plain);
+        text[plain.len()] = kind;
         let nonce = self.nonce();
-        self.key
-            .seal_out_of_place_scatter(nonce, Aad::from(*header), plain, cipher, &[kind], end)
-            .map_err(|_| RecordError::Room)
+        let sealed = self.key.seal(nonce, header, text);
+        tag.copy_from_slice(sealed.ok_or(RecordError::Room)?.as_ref());
+        Ok(())
     }
 
     /// Opens a record's body in place. Returns what it contains, as a range
@@ -182,10 +185,8 @@ impl RecordKey {
     ) -> Result<(u8, &'b [u8]), RecordError> {
         let number = self.sequence;
         let nonce = self.nonce();
-        let inner: &[u8] = self
-            .key
-            .open_in_place(nonce, Aad::from(*header), body)
-            .map_err(|_| RecordError::Forged(number))?;
+        let opened = self.key.open(nonce, header, body);
+        let inner = opened.ok_or(RecordError::Forged(number))?;
         // Zeros after the content type are padding.
         let end = inner.iter().rposition(|&byte| byte != 0);
         let end = end.ok_or(RecordError::Malformed("no content type"))?;
@@ -206,11 +207,11 @@ impl LaneKeys {
     /// Both ends' keys from random bytes, without any handshake: to measure
     /// and test lanes with.
     pub(super) fn pair() -> io::Result<(LaneKeys, LaneKeys)> {
-        let mut bytes = Zeroizing::new([[0u8; 16 + NONCE_LEN]; 2]);
+        let mut bytes = Zeroizing::new([[0u8; KEY_LEN + NONCE_LEN]; 2]);
         for direction in bytes.iter_mut() {
             aws_lc_rs::rand::fill(direction).map_err(|_| io::Error::other("no random bytes"))?;
         }
-        let key = |n: usize| RecordKey::new(&bytes[n][..16], &bytes[n][16..], 0);
+        let key = |n: usize| RecordKey::new(&bytes[n][..KEY_LEN], &bytes[n][KEY_LEN..], 0);
         let keys = |seal, open| {
             Ok::<_, io::Error>(LaneKeys {
                 seal: key(seal)?,
@@ -224,7 +225,7 @@ impl LaneKeys {
     /// test: ends that meet over a proxy have no other way to agree.
     #[cfg(test)]
     pub(super) fn testing(caller: bool) -> LaneKeys {
-        let key = |n: u8| RecordKey::new(&[n; 16], &[n; NONCE_LEN], 1).unwrap();
+        let key = |n: u8| RecordKey::new(&[n; KEY_LEN], &[n; NONCE_LEN], 1).unwrap();
         let (seal, open) = if caller { (1, 2) } else { (2, 1) };
         LaneKeys {
             seal: key(seal),

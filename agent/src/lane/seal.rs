@@ -9,8 +9,6 @@ use std::sync::Arc;
 /// Buffers for sealed chunks: one being sent, the others until the network
 /// card has let go of them.
 pub(super) const SEALED_BUFS: usize = 4;
-/// Longest piece sealed at a time where the kernel copies.
-const COPIED_CHUNK: usize = 8 * MAX_PLAIN;
 /// The alert that ends a connection in order: a warning, close_notify.
 const CLOSE_NOTIFY: [u8; 2] = [1, 0];
 
@@ -94,14 +92,12 @@ impl Outflow {
     }
 
     /// The longest piece of a frame that can be sent at a time now; 0 if no
-    /// buffer is free. Where the kernel copies what it sends, shorter pieces
-    /// are still in the processor's cache when it does.
-    pub(super) fn room(&self, zero_copy: bool) -> usize {
+    /// buffer is free.
+    pub(super) fn room(&self) -> usize {
         match self {
             Outflow::Plain => usize::MAX,
             Outflow::Sealed { bufs, .. } if bufs.available() == 0 => 0,
-            Outflow::Sealed { .. } if zero_copy => plain_room(BUF_LEN),
-            Outflow::Sealed { .. } => COPIED_CHUNK,
+            Outflow::Sealed { .. } => plain_room(BUF_LEN),
         }
     }
 

@@ -8,6 +8,9 @@
 //! pages; [`definition`] and [`launch`] start VMMs, [`qmp`] drives them,
 //! [`preflight`] refuses what cannot work, [`relay`] carries device state.
 //! Other kinds of VM implement [`PageSource`] and [`PageSink`] as well.
+//!
+//! [`qemu_stream`] reads and relays QEMU's own migration stream, the beginning of
+//! *stream mode*; no migration of a gang goes through it yet.
 
 pub mod definition;
 pub mod direct;
@@ -19,6 +22,7 @@ pub mod pagemap;
 pub mod pageset;
 pub mod preflight;
 pub mod process;
+pub mod qemu_stream;
 pub mod qmp;
 pub mod ram;
 pub mod relay;

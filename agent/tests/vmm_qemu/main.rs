@@ -1,4 +1,4 @@
-//! QEMU in direct mode on real VMMs: needs root, `/usr/bin/qemu-system-x86_64`
+//! QEMU on real VMMs, in direct mode and by its own stream: needs root, `/usr/bin/qemu-system-x86_64`
 //! and `cc`; `/dev/kvm` for those that say so.
 
 mod dirty;
@@ -6,4 +6,7 @@ mod dma;
 mod harness;
 mod inject;
 mod migrate;
+mod private;
+mod rate;
 mod refuse;
+mod stream;

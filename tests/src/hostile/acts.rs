@@ -244,15 +244,28 @@ async fn flood_one(stream: Stream, body: &[u8]) -> Result<u64> {
         }
         Ok::<u64, anyhow::Error>(faults)
     };
-    let both = async {
+    first_of(sending, reading)
+        .await
+        .context("the flood of requests")
+}
+
+/// Floods: sends and reads side by side until one of them has its result.
+///
+/// # Errors
+/// Its error, or that neither has one in time.
+async fn first_of<T>(
+    sending: impl Future<Output = Result<T>>,
+    reading: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let first = async {
         tokio::select! {
             sent = sending => sent,
             read = reading => read,
         }
     };
-    tokio::time::timeout(FLOOD_LIMIT, both)
+    tokio::time::timeout(FLOOD_LIMIT, first)
         .await
-        .context("the flood was not answered in time")?
+        .context("was not taken and answered in time")?
 }
 
 /// Sends `bytes` on a connection of this kind, and demands to be hung up on.
@@ -313,15 +326,9 @@ pub async fn fetch_flood(
             answered += n as u64;
         }
     };
-    let both = async {
-        tokio::select! {
-            sent = sending => sent,
-            read = reading => read,
-        }
-    };
-    tokio::time::timeout(FLOOD_LIMIT, both)
+    first_of(sending, reading)
         .await
-        .context("the flood of fetches was not taken")??;
+        .context("the flood of fetches")?;
     Ok(answered)
 }
 

@@ -187,3 +187,69 @@ impl NoAnswer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gang::message::Phase;
+    use crate::gang::moments::Moments;
+    use crate::gang::testing::spec;
+    use crate::types::VmIndex;
+    use std::cell::RefCell;
+
+    /// Agents that answer questions for progress with these words, whoever is
+    /// asked.
+    #[derive(Default)]
+    struct Told(RefCell<Vec<VmState>>);
+
+    impl Caller for Told {
+        async fn call(
+            &self,
+            _: &str,
+            request: GangRequest,
+            _: Duration,
+        ) -> Result<GangResponse, String> {
+            match request {
+                GangRequest::Progress { .. } => Ok(GangResponse::Progress(self.0.borrow().clone())),
+                other => Err(format!("nobody expected {other:?}")),
+            }
+        }
+    }
+
+    fn state(vm: u16, phase: Phase) -> VmState {
+        VmState {
+            phase,
+            ..VmState::new(VmIndex(vm))
+        }
+    }
+
+    #[tokio::test]
+    async fn an_agent_is_believed_only_about_vms_that_leave_it() {
+        let told = Rc::new(Told::default());
+        let gang = Gang::new(told.clone(), spec(7), Moments::default());
+        let say = async |host: &str, vms: &[(u16, Phase)]| {
+            *told.0.borrow_mut() = vms.iter().map(|&(vm, phase)| state(vm, phase)).collect();
+            assert!(gang.ask(host, LOST_AFTER).await.is_ok());
+            let known = gang.snapshot().vms;
+            [known[0].phase, known[1].phase]
+        };
+        use Phase::{Arrived, Failed, Precopy, Preparing, Ready};
+
+        // web1 leaves a1, web2 leaves a2. Their targets have no say, nor has an
+        // agent that is none of theirs.
+        for host in ["b1", "b2", "a3"] {
+            let known = say(host, &[(0, Arrived), (1, Failed)]).await;
+            assert_eq!(known, [Preparing, Preparing], "{host}");
+        }
+        // Of what a source says, its own VM counts; there is no third one.
+        let words = [(1, Precopy), (0, Failed), (2, Failed), (u16::MAX, Failed)];
+        assert_eq!(say("a2", &words).await, [Preparing, Precopy]);
+        assert_eq!(
+            say("a1", &[(1, Arrived), (0, Ready)]).await,
+            [Ready, Precopy]
+        );
+        // What is final stays so.
+        assert_eq!(say("a1", &[(0, Arrived)]).await, [Arrived, Precopy]);
+        assert_eq!(say("a1", &[(0, Failed)]).await, [Arrived, Precopy]);
+    }
+}

@@ -1,0 +1,44 @@
+//! QEMU's own migration stream: read item by item, written again byte by byte,
+//! and relayed from one QEMU to another.
+//!
+//! [`main_channel`] cuts the stream of the main connection into [`Item`]s and
+//! [`write`] makes the same bytes of them; [`multifd`] does both for multifd's
+//! connections, [`reply`] for what the target answers, and [`channel`] tells
+//! connections apart. None of these does I/O. [`relay`] stands between two
+//! QEMUs on one host, as threads of [`carry`] with a bounded [`queue`] for each
+//! connection. What is done with items between parser and writer is a
+//! [`Route`]; today there is one, [`Identity`], that changes nothing.
+//!
+//! What is parsed, and what is not, is in `docs/vmm-qemu-stream.md`.
+
+mod blocks;
+mod carry;
+pub mod channel;
+mod cut;
+mod error;
+pub mod fuzz;
+mod item;
+pub mod main_channel;
+pub mod multifd;
+pub mod queue;
+mod relay;
+pub mod reply;
+mod route;
+mod session;
+pub mod write;
+
+#[cfg(test)]
+mod relay_tests;
+#[cfg(test)]
+mod samples;
+#[cfg(test)]
+mod tests;
+
+pub use blocks::{Block, BlockId, Blocks, MAX_BLOCKS};
+pub use carry::{CarryError, READ_BYTES};
+pub use cut::Parse;
+pub use error::{Fault, Refusal, StreamError};
+pub use item::{Item, PageHead, Phase, RawFrom, Tally};
+pub use relay::{ChannelReport, Limits, RelayError, StreamRelay, StreamReport};
+pub use route::{Identity, Route, Sink, SinkError};
+pub use session::{Channel, MAX_MULTIFD};
