@@ -16,7 +16,11 @@ pub const COMMAND: Duration = Duration::from_secs(300);
 /// # Errors
 /// When it was killed, with what it had printed until then, or cannot be
 /// waited for.
-pub fn output(child: Child, limit: Duration) -> Result<Output> {
+pub fn output(mut child: Child, limit: Duration) -> Result<Output> {
+    // One that has ended and was waited for has no handle any more.
+    if child.try_wait()?.is_some() {
+        return Ok(child.wait_with_output()?);
+    }
     let pidfd = registry::pidfd(child.id() as i32)?;
     let (running, ended) = channel::<()>();
     let guard = std::thread::spawn(move || {
@@ -63,6 +67,14 @@ mod tests {
         )
         .expect_err("it sleeps longer");
         assert!(error.to_string().contains("so far"), "{error}");
+    }
+
+    #[test]
+    fn what_a_process_said_that_was_waited_for_is_still_there() -> Result<()> {
+        let mut child = shell("echo all");
+        child.wait()?;
+        assert_eq!(output(child, COMMAND)?.stdout, b"all\n");
+        Ok(())
     }
 
     #[test]
