@@ -1,7 +1,7 @@
 //! The lab keeps its own promises: what it counts is what crossed the core
 //! link, and it leaves nothing behind.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
@@ -39,6 +39,21 @@ fn send(from: &Host, to: &Host, bytes: usize) -> Result<()> {
     })
 }
 
+/// Segments that TCP on this host has sent more than once.
+fn sent_again(host: &Host) -> Result<u64> {
+    host.ns.inside(|| {
+        let text = std::fs::read_to_string("/proc/thread-self/net/snmp")?;
+        let mut tcp = text.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+        let names = tcp.next().context("no names of TCP's counters")?;
+        let values = tcp.next().context("no TCP counters")?;
+        let mut both = names.split(' ').zip(values.split(' '));
+        let (_, count) = both
+            .find(|(name, _)| *name == "RetransSegs")
+            .context("no RetransSegs")?;
+        Ok(count.parse()?)
+    })
+}
+
 #[test]
 fn core_counts_what_crosses_it_and_nothing_else() -> Result<()> {
     const SENT: usize = 20 << 20;
@@ -48,21 +63,26 @@ fn core_counts_what_crosses_it_and_nothing_else() -> Result<()> {
     })?;
     let id = lab.id().to_string();
     let start = lab.core()?;
-    send(lab.host(1, 1), lab.host(1, 2), SENT)?;
+    let sender = lab.host(1, 1);
+    send(sender, lab.host(1, 2), SENT)?;
     let in_rack = lab.core()?.since(&start);
     assert!(
         in_rack.total() < 1000,
         "traffic inside a rack reached the core: {in_rack:?}"
     );
 
-    send(lab.host(1, 1), lab.host(2, 1), SENT)?;
+    let before = sent_again(sender)?;
+    send(sender, lab.host(2, 1), SENT)?;
+    let again = sent_again(sender)? - before;
     let across = lab.core()?.since(&start);
     // 66 bytes of headers (54 and timestamps) for each segment of 1448 bytes.
     let on_wire = SENT as f64 * (1.0 + 66.0 / 1448.0);
-    let off = across.sent[0] as f64 / on_wire - 1.0;
+    // TCP sends some segments twice when a queue is full or a processor busy;
+    // those of them that were not lost count twice.
+    let most = on_wire * 1.01 + (again * 1514) as f64;
     assert!(
-        off.abs() < 0.01,
-        "{} bytes counted for {on_wire} on the wire",
+        (on_wire * 0.99..most).contains(&(across.sent[0] as f64)),
+        "{} bytes counted for {on_wire} on the wire and {again} segments sent again",
         across.sent[0]
     );
 
