@@ -1,7 +1,7 @@
 //! AES-128-GCM as lanes use it: `ring`'s, which has code for processors with
 //! wide AES but without AVX-512, where it seals and opens about three times as
 //! fast as aws-lc. Handshakes, certificates and all other connections are
-//! aws-lc-rs's; what either seals the other opens (`record_tests.rs`).
+//! aws-lc-rs's; what either seals the other opens (`interop_tests.rs`).
 //!
 //! `ring` does not wipe its keys, so the only copy that lasts is wiped here.
 #![allow(unsafe_code)]

@@ -290,7 +290,7 @@ async fn check_ram(vmm: &Vmm) -> Result<(String, RamLayout), PreflightError> {
     let property = |name| async move { qmp.qom_get(path, name).await.map_err(asked) };
     let (type_name, file, share) = tokio::try_join!(
         property("type"),
-        // Of a backend of another type neither is asked for below.
+        // Backends of other types have none: they are refused below by their type.
         async { Ok(property("mem-path").await) },
         property("share"),
     )?;
