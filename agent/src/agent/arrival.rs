@@ -188,11 +188,12 @@ impl Arrival {
         }
     }
 
-    /// Whether its VMM has ended.
+    /// Whether its VMM has ended, or was killed and is sure to: such a one must
+    /// not be told to run its guest, since nobody would know whether it did.
     pub(super) fn has_died(&self) -> bool {
         match &*self.vmm.borrow() {
-            Held::Waiting(vm) => !vm.vmm().process.is_alive(),
-            Held::Kept(vmm) => !vmm.process.is_alive(),
+            Held::Waiting(vm) => vm.vmm().process.is_ending(),
+            Held::Kept(vmm) => vmm.process.is_ending(),
             Held::Nothing => !has_leftover(&self.files),
         }
     }

@@ -154,6 +154,16 @@ impl SourceVm {
         stop_if_running(&self.vmm).await
     }
 
+    /// What the VMM has to be told before [`Self::state_out`]; the guest may
+    /// run meanwhile. [`Self::roll_back`] takes it back.
+    pub async fn prepare_state_out(&self) -> Result<(), DirectError> {
+        let set_up = setup::apply(&self.vmm).await;
+        set_up.map_err(qmp_error(
+            &self.vmm,
+            "setting up the move of its device state",
+        ))
+    }
+
     /// Sends the device state to the Unix socket `socket`, where somebody has
     /// to listen, and waits until the *target* has said that it has all of it.
     /// The guest must be paused and its last pages must be in place (or on
@@ -165,14 +175,7 @@ impl SourceVm {
         let vmm = &self.vmm;
         let qmp = &vmm.qmp;
         let fail = |doing| qmp_error(vmm, doing);
-        // At once: the guest stands still meanwhile.
-        let (state, ()) = tokio::try_join!(
-            async { qmp.status().await.map_err(fail("asking for its state")) },
-            async {
-                let set_up = setup::apply(vmm).await;
-                set_up.map_err(fail("setting up the move of its device state"))
-            },
-        )?;
+        let state = qmp.status().await.map_err(fail("asking for its state"))?;
         if state == RunState::Running {
             let doing = "being paused; somebody resumed it";
             return Err(DirectError::RunState {
@@ -248,11 +251,18 @@ pub async fn roll_back(vmm: &Vmm, run: bool) -> Result<(), DirectError> {
 /// what its VMM was set up with to receive it. Only after the point of no
 /// return; also for an agent that has been restarted meanwhile.
 pub async fn resume_arrived(vmm: &Vmm, run: bool) -> Result<(), DirectError> {
-    if run {
-        resume(vmm).await?;
-    }
+    let running = async {
+        match run {
+            true => resume(vmm).await,
+            false => Ok(()),
+        }
+    };
+    // QEMU does what it is told in the order it is told: the guest runs first,
+    // and nobody waits for the settings one by one.
+    let (running, undone) = tokio::join!(biased; running, setup::undo(vmm));
+    running?;
     // The guest runs; settings for its next move must not undo that.
-    if let Err(error) = setup::undo(vmm).await {
+    if let Err(error) = undone {
         tracing::warn!(vm = vmm.name, %error, "x-ignore-shared could not be switched off");
     }
     Ok(())

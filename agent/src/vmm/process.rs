@@ -122,6 +122,20 @@ impl VmProcess {
         !self.wait_exit(Duration::ZERO)
     }
 
+    /// Whether it has ended, or is sure to: a process that was killed takes a
+    /// while to go (its memory is given back first), holds its sockets open
+    /// meanwhile, and never runs a line of its own again. What is said to it
+    /// after this is `true` has not been heard.
+    pub fn is_ending(&self) -> bool {
+        let killed = || {
+            let pending = self.status("ShdPnd").ok().flatten();
+            pending.is_some_and(|set| has_signal(&set, libc::SIGKILL))
+        };
+        // In this order: a process that has been reaped in between has no
+        // signals pending any more.
+        killed() || !self.is_alive()
+    }
+
     /// [`Self::is_alive`] as a result.
     pub fn check_alive(&self) -> Result<(), ProcessError> {
         if self.is_alive() {
@@ -280,6 +294,12 @@ pub fn status_value<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     })
 }
 
+/// Whether a signal is in a set as `/proc/PID/status` writes it: hexadecimal,
+/// signal 1 the lowest bit.
+fn has_signal(set: &str, signal: i32) -> bool {
+    u64::from_str_radix(set, 16).is_ok_and(|bits| bits >> (signal - 1) & 1 == 1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -302,6 +322,31 @@ mod tests {
             VmProcess::open(process.pid()),
             Err(ProcessError::Gone { .. })
         ));
+    }
+
+    #[test]
+    fn who_was_killed_is_ending_from_that_moment_on() {
+        for _ in 0..20 {
+            let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+            let process = VmProcess::open(child.id() as i32).unwrap();
+            assert!(!process.is_ending());
+            process.kill().unwrap();
+            while process.is_alive() {
+                assert!(process.is_ending());
+            }
+            assert!(process.is_ending());
+            child.wait().unwrap();
+            assert!(process.is_ending());
+        }
+    }
+
+    #[test]
+    fn signals_are_counted_from_one() {
+        let kill = "0000000000000100";
+        assert!(has_signal(kill, libc::SIGKILL));
+        assert!(!has_signal(kill, libc::SIGTERM));
+        assert!(!has_signal("0000000000004000", libc::SIGKILL));
+        assert!(!has_signal("no set", libc::SIGKILL));
     }
 
     #[test]

@@ -309,6 +309,8 @@ impl<C: Caller> Handover<C> {
             GangResponse::DeviceExpected { ram } => ram,
             other => return Err(self.refused(other)),
         };
+        let set_up = self.source.prepare_state_out().await;
+        set_up.map_err(|e| chain(&e))?;
         let _stale = std::fs::remove_file(&self.socket);
         let listener = UnixListener::bind(&self.socket)
             .map_err(|e| format!("socket {}: {e}", self.socket.display()))?;

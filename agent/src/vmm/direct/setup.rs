@@ -41,10 +41,17 @@ pub(super) async fn apply(vmm: &Vmm) -> Result<(), QmpError> {
 
 /// Takes back what would harm a migration that somebody else starts later:
 /// with `x-ignore-shared` on it would silently leave guest RAM behind.
+///
+/// Asks nothing first and waits for nothing in between: an arriving guest may
+/// be stopped while it does.
 pub(super) async fn undo(vmm: &Vmm) -> Result<(), QmpError> {
-    set(vmm, &[("x-ignore-shared", false), ("return-path", false)]).await?;
+    let off = [("x-ignore-shared", false), ("return-path", false)];
     let parameters = json!({ "max-bandwidth": DEFAULT_BYTES_PER_SECOND });
-    vmm.qmp.set_migration_parameters(parameters).await
+    tokio::try_join!(
+        vmm.qmp.set_migration_capabilities(&off),
+        vmm.qmp.set_migration_parameters(parameters),
+    )?;
+    Ok(())
 }
 
 async fn set(vmm: &Vmm, wanted: &[(&str, bool)]) -> Result<(), QmpError> {
