@@ -52,6 +52,8 @@ pub fn start_vms(setup: &Setup, saves: Option<&[Saved]>, gang: &mut Gang) -> Res
             Some(saves) => gang.adopt(&vm_name(i), &saves[i], &host)?,
             None => gang.run(&vm_name(i), &Guest::small_kvm(i as u32 + 1)?, &host)?,
         }
+        // It takes a few seconds each: whoever waits is to see that it goes on.
+        eprintln!("lab: {} runs on {host}", vm_name(i));
     }
     Ok(())
 }

@@ -232,6 +232,8 @@ impl Watcher for Found {
         }
     }
 
+    fn lost(&self) {}
+
     fn in_doubt(&self, _why: &str) {}
 
     fn journaled(&self, _here: Option<Duration>, _there: Option<Duration>) {}

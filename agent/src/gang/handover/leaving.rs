@@ -34,6 +34,8 @@ const FENCE_AGAIN: Duration = Duration::from_secs(60);
 pub trait Watcher {
     /// A state has been entered; `why` it came to the decision.
     fn entered(&self, state: Source, why: &str);
+    /// The VM is here again, and its VMM has ended.
+    fn lost(&self);
     /// The target's word is missing.
     fn in_doubt(&self, why: &str);
     /// Writing *committed* took this long on this side (source) or that.
@@ -133,9 +135,28 @@ impl<C: Caller> Leaving<C> {
             (Source::Committing, Source::Returning | Source::TakingBack) => {
                 self.care.because(&self.why);
             }
-            (Source::Returning, _) => self.reach(Moment::RolledBack).await,
+            (Source::Returning, _) => {
+                self.reach(Moment::RolledBack).await;
+                self.look_again();
+            }
             _ => {}
         }
+    }
+
+    /// A VM that is here again, and whose VMM has ended, is neither moved nor
+    /// merely cancelled: whoever asked for that must hear of it.
+    fn look_again(&mut self) {
+        let vmm = self.vmm.as_ref();
+        if vmm.is_some_and(|vmm| !vmm.process.is_ending()) {
+            return;
+        }
+        self.why = format!(
+            "VM {} stayed on its host, and its VMM there has ended: start it again ({})",
+            self.record.vm, self.why
+        );
+        tracing::error!(vm = %self.record.vm, why = %self.why, "VM is lost");
+        self.care.because(&self.why);
+        self.watcher.lost();
     }
 
     async fn perform(&mut self, act: SourceAct, attempts: &mut Attempts) -> Option<SourceEvent> {

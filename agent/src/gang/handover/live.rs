@@ -104,6 +104,10 @@ impl Watcher for Live {
         }
     }
 
+    fn lost(&self) {
+        self.cancelled.set(false);
+    }
+
     fn in_doubt(&self, why: &str) {
         self.flight.update(|vm| {
             vm.phase = Phase::InDoubt;
