@@ -149,6 +149,10 @@ impl Agent {
             let why = chain(&error);
             tracing::error!(vm = %arrival.name, %why, "VM cannot be let run");
             arrival.care.because(&why);
+            // A VMM that was ended in order says so before it stops listening.
+            if vmm.qmp.ended_unresumed() {
+                return TargetEvent::Died;
+            }
             return match vmm.process.is_alive() {
                 true => TargetEvent::NotLetRun,
                 // The command may have reached it before it ended.

@@ -12,6 +12,7 @@
 //! [`qemu_stream`] reads and relays QEMU's own migration stream, the beginning of
 //! *stream mode*; no migration of a gang goes through it yet.
 
+pub mod cloud_hypervisor;
 pub mod definition;
 pub mod direct;
 pub mod dirty;

@@ -300,6 +300,11 @@ impl Qmp {
         Ok(events.cloned().collect())
     }
 
+    /// [`EventLog::ended_unresumed`] of this connection.
+    pub fn ended_unresumed(&self) -> bool {
+        self.0.shared.state().events.ended_unresumed()
+    }
+
     /// Waits for an event from `cursor` on of which `pick` makes something.
     /// Events that came before the connection ended are still looked at.
     pub async fn wait_event<T>(

@@ -234,6 +234,19 @@ impl EventLog {
                 .skip(usize::try_from(skip).unwrap_or(usize::MAX)),
         )
     }
+
+    /// Whether the VMM has said that it ends, and never on this connection
+    /// that it let its guest run. Events come in the order of what they tell,
+    /// and after SHUTDOWN QEMU's main loop takes no command any more (unless
+    /// `-no-shutdown` keeps it, which this cannot see). `false` also if events
+    /// are missing.
+    pub fn ended_unresumed(&self) -> bool {
+        let Some(mut events) = self.since(0) else {
+            return false;
+        };
+        let told = events.find(|event| matches!(event.name.as_str(), "RESUME" | "SHUTDOWN"));
+        told.is_some_and(|event| event.name == "SHUTDOWN")
+    }
 }
 
 #[cfg(test)]
@@ -308,6 +321,31 @@ mod tests {
             "4097"
         );
         assert_eq!(log.since(log.next()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_vmm_that_ended_before_it_was_told_to_run_is_told_from_one_that_ran() {
+        let log = |names: &[&str]| {
+            let mut log = EventLog::default();
+            for name in names {
+                let (name, data) = (name.to_string(), Value::Null);
+                log.push(Event {
+                    name,
+                    data,
+                    at_us: 0,
+                });
+            }
+            log
+        };
+        assert!(log(&["MIGRATION", "SHUTDOWN"]).ended_unresumed());
+        assert!(!log(&["MIGRATION"]).ended_unresumed());
+        assert!(!log(&["RESUME", "SHUTDOWN"]).ended_unresumed());
+        assert!(!log(&["RESUME", "STOP", "SHUTDOWN"]).ended_unresumed());
+        let mut lost = log(&["SHUTDOWN"]);
+        for _ in 0..EventLog::KEPT {
+            lost.push(lost.events[0].clone());
+        }
+        assert!(!lost.ended_unresumed());
     }
 
     proptest! {
