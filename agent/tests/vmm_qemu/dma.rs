@@ -114,7 +114,7 @@ fn moves_while_it_reads(aio: &str) {
         target.listen(&far).await.unwrap();
         let carrying = relaying(&near, far);
         source.prepare_state_out().await.unwrap();
-        source.state_out(&near, LIMIT).await.unwrap();
+        source.push_state(&near, LIMIT).await.unwrap();
         target.wait_arrived(LIMIT).await.unwrap();
         carrying.await.unwrap().unwrap();
         target.resume().await.unwrap();

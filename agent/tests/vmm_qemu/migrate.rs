@@ -147,7 +147,7 @@ impl Move {
         self.target.listen(&far).await.unwrap();
         let carrying = relaying(&near, far.clone());
         self.source.prepare_state_out().await.unwrap();
-        self.source.state_out(&near, LIMIT).await.unwrap();
+        self.source.push_state(&near, LIMIT).await.unwrap();
         self.target.wait_arrived(LIMIT).await.unwrap();
         let carried = carrying.await.unwrap().unwrap();
         println!(
@@ -372,7 +372,7 @@ fn a_target_that_dies_leaves_the_source_running() {
             swallowed
         });
         this.source.prepare_state_out().await.unwrap();
-        let error = this.source.state_out(&near, LIMIT).await.unwrap_err();
+        let error = this.source.push_state(&near, LIMIT).await.unwrap_err();
         assert!(
             matches!(
                 &error,
@@ -439,7 +439,7 @@ fn even_a_completed_source_can_be_rolled_back() {
         this.target.listen(&far).await.unwrap();
         let carrying = relaying(&near, far);
         this.source.prepare_state_out().await.unwrap();
-        this.source.state_out(&near, LIMIT).await.unwrap();
+        this.source.push_state(&near, LIMIT).await.unwrap();
         this.target.wait_arrived(LIMIT).await.unwrap();
         carrying.await.unwrap().unwrap();
         this.target.abort().await;
@@ -480,7 +480,7 @@ fn a_vm_that_arrived_can_leave_again() {
         target.listen(&far).await.unwrap();
         let carrying = relaying(&near, far.clone());
         source.prepare_state_out().await.unwrap();
-        source.state_out(&near, LIMIT).await.unwrap();
+        source.push_state(&near, LIMIT).await.unwrap();
         target.wait_arrived(LIMIT).await.unwrap();
         carrying.await.unwrap().unwrap();
         target.resume().await.unwrap();
