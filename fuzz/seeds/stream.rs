@@ -1,6 +1,8 @@
-//! Streams as QEMU makes them. Drover has no encoder of them: its writer writes
-//! what was read. They are those of the parser's own tests.
+//! Streams as QEMU and Cloud Hypervisor make them: those of the parsers' own
+//! tests. Drover has no encoder of QEMU's: its writer writes what was read.
 
+#[path = "../../agent/src/vmm/cloud_hypervisor/samples.rs"]
+mod cloud_hypervisor;
 #[path = "../../agent/src/vmm/qemu_stream/samples.rs"]
 mod samples;
 
@@ -12,6 +14,7 @@ pub(crate) fn seeds(add: Add<'_>) {
         ("stream_main", samples::streams()),
         ("stream_multifd", samples::multifd()),
         ("stream_reply", samples::replies()),
+        ("cloud_hypervisor", cloud_hypervisor::migrations()),
     ] {
         for (name, bytes) in samples {
             add(target, name, bytes);

@@ -39,6 +39,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("stream_main", stream::stream_main),
     ("stream_multifd", stream::stream_multifd),
     ("stream_reply", stream::stream_reply),
+    ("cloud_hypervisor", stream::cloud_hypervisor),
 ];
 
 /// Pages of the VM that lane targets pretend to fill: 1 GiB.

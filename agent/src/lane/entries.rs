@@ -208,9 +208,9 @@ impl Entries {
             if run.count as usize > PAGES_PER_BUF - entries.pages.len() {
                 return Err(FrameError::TooManyEntries);
             }
-            entries
-                .pages
-                .extend((run.first.0..).take(run.count as usize).map(Gfn));
+            // A run may end with the very last gfn there can be.
+            let last = run.first.0 + (run.count - 1);
+            entries.pages.extend((run.first.0..=last).map(Gfn));
         }
         let groups = r.count(MAX_REFS)?;
         let mut next = 0i64;

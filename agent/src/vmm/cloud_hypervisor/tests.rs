@@ -10,6 +10,7 @@ use super::samples::{self, PAGE, RAM, command, page};
 use super::send::{SendError, Sender};
 use super::wire::{Command, MemoryRange};
 use crate::types::Gfn;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use proptest::prelude::*;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -302,35 +303,48 @@ fn the_descriptors_of_a_local_vm_come_through_both_ends() {
 }
 
 #[test]
-fn a_descriptor_that_belongs_to_nothing_is_refused_and_closed() {
+fn a_descriptor_that_belongs_to_nothing_is_refused() {
     let ram = file(b"?");
-    for (bytes, wanted) in [(samples::start(), 0), (samples::slot(0), 1)] {
+    let fd = ram.as_raw_fd();
+    for (before, command, bytes, fds, wanted) in [
+        (None, Command::Start, samples::start(), vec![fd], 0),
+        (
+            Some(samples::start()),
+            Command::MemoryFd,
+            samples::slot(0),
+            vec![fd; 2],
+            1,
+        ),
+        (
+            Some(samples::start()),
+            Command::MemoryFd,
+            samples::slot(0),
+            vec![],
+            1,
+        ),
+    ] {
         let (near, far) = UnixStream::pair().unwrap();
-        let fds = match wanted {
-            0 => vec![ram.as_raw_fd()],
-            _ => vec![ram.as_raw_fd(); 2],
-        };
-        if wanted == 1 {
-            (&far).write_all(&samples::start()).unwrap();
-        }
-        let rights = [nix::sys::socket::ControlMessage::ScmRights(&fds)];
-        let flags = nix::sys::socket::MsgFlags::empty();
-        let io = [io::IoSlice::new(&bytes)];
-        nix::sys::socket::sendmsg::<()>(far.as_raw_fd(), &io, &rights, flags, None).unwrap();
+        let found = fds.len();
+        let source = thread::spawn(move || {
+            let played = before.map(|bytes| play_source(&far, &[bytes]));
+            let rights = [ControlMessage::ScmRights(&fds)];
+            let rights = if fds.is_empty() { &[][..] } else { &rights };
+            let io = [io::IoSlice::new(&bytes)];
+            sendmsg::<()>(far.as_raw_fd(), &io, rights, MsgFlags::empty(), None).unwrap();
+            (played, far)
+        });
         let error = receive("web1", &near, LIMIT, &mut Keep::default()).unwrap_err();
         let fault = Fault::Descriptors {
-            command: if wanted == 0 {
-                Command::Start
-            } else {
-                Command::MemoryFd
-            },
-            found: fds.len(),
+            command,
+            found,
             wanted,
         };
         assert!(
             matches!(&error, ReceiveError::Protocol { source, .. } if *source == fault),
             "{error:?}"
         );
+        let (played, _far) = source.join().unwrap();
+        assert_ne!(played, Some(Source::RunsOn));
     }
 }
 
