@@ -91,6 +91,7 @@ impl AgentFiles {
         let at = |name: &str| dir.join(name).display().to_string();
         Places {
             ram: self.ram_dir.join(format!("{vm}.ram")).display().to_string(),
+            private: false,
             serial: at("serial.log"),
             control: at("ctl.sock"),
             qmp: at("lab.sock"),
@@ -223,9 +224,12 @@ pub fn install(bundle: &Path, host: &Host) -> Result<()> {
 
 /// The definition of a VM. Besides the agent's monitor the VMM gets one for
 /// the lab, which watches its stops there.
-pub fn definition(name: &str, domain: &str, guest: &Guest) -> String {
+///
+/// `private`: its RAM is the VMM's own.
+pub fn definition(name: &str, domain: &str, guest: &Guest, private: bool) -> String {
     let places = Places {
-        ram: "{ram}".into(),
+        ram: if private { "" } else { "{ram}" }.into(),
+        private,
         serial: "{serial}".into(),
         control: "{dir}/ctl.sock".into(),
         qmp: "{dir}/lab.sock".into(),
@@ -269,9 +273,13 @@ mod tests {
             ram_mib: 32,
             work: crate::guest::kvm::KvmWork::small(1),
         };
-        let parsed = Definition::parse("vm1.toml", &definition("vm1", "lab", &guest))
+        let parsed = Definition::parse("vm1.toml", &definition("vm1", "lab", &guest, false))
             .expect("a right definition");
         assert_eq!((parsed.name.as_str(), parsed.ram_bytes), ("vm1", 32 << 20));
+        assert!(parsed.has_ram_file());
+        let private = definition("vm1", "lab", &guest, true);
+        let private = Definition::parse("vm1.toml", &private).expect("a right definition");
+        assert!(!private.has_ram_file());
         let text = plan("g", &[("vm1".into(), "r1h1".into(), "r2h1".into())]);
         let plan = Plan::parse(Path::new("plan.toml"), &text, Some(&["r1h1", "r2h1"]))
             .expect("a right plan");

@@ -69,24 +69,63 @@ impl fmt::Display for DifferingPage {
 /// # Errors
 /// When a file cannot be read or the sizes differ.
 pub fn differing_pages(source: &Path, target: &Path) -> Result<Vec<DifferingPage>> {
-    let open =
-        |path: &Path| File::open(path).with_context(|| format!("RAM file {}", path.display()));
-    let (a, b) = (open(source)?, open(target)?);
-    let (len_a, len_b) = (a.metadata()?.len(), b.metadata()?.len());
+    differing(&Ram::file(source)?, &Ram::file(target)?)
+}
+
+/// A VM's RAM: a file, or a stretch of a VMM's memory.
+#[derive(Debug)]
+struct Ram {
+    file: File,
+    at: u64,
+    len: u64,
+}
+
+impl Ram {
+    fn open(path: &Path) -> Result<File> {
+        File::open(path).with_context(|| format!("RAM in {}", path.display()))
+    }
+
+    fn file(path: &Path) -> Result<Ram> {
+        let file = Self::open(path)?;
+        let len = file.metadata()?.len();
+        Ok(Ram { file, at: 0, len })
+    }
+
+    /// What an agent says: the path of a file, or `/proc/PID/mem@AT+LENGTH`.
+    fn place(place: &str) -> Result<Ram> {
+        let memory = || {
+            let (file, stretch) = place.rsplit_once('@')?;
+            let (at, len) = stretch.split_once('+')?;
+            let hex = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
+            Some((file, hex(at)?, hex(len)?))
+        };
+        match memory() {
+            Some((file, at, len)) => Ok(Ram {
+                file: Self::open(Path::new(file))?,
+                at,
+                len,
+            }),
+            None => Self::file(Path::new(place)),
+        }
+    }
+
+    fn read(&self, out: &mut [u8], at: u64) -> std::io::Result<()> {
+        self.file.read_exact_at(out, self.at + at)
+    }
+}
+
+fn differing(a: &Ram, b: &Ram) -> Result<Vec<DifferingPage>> {
+    let (len_a, len_b) = (a.len, b.len);
     if len_a != len_b {
-        bail!(
-            "{} has {len_a} bytes of RAM, {} has {len_b}",
-            source.display(),
-            target.display()
-        );
+        bail!("the source has {len_a} bytes of RAM, the target {len_b}");
     }
     let mut differing = Vec::new();
     let (mut buf_a, mut buf_b) = (vec![0; 256 * PAGE], vec![0; 256 * PAGE]);
     let mut at = 0;
     while at < len_a {
         let want = buf_a.len().min((len_a - at) as usize);
-        a.read_exact_at(&mut buf_a[..want], at)?;
-        b.read_exact_at(&mut buf_b[..want], at)?;
+        a.read(&mut buf_a[..want], at)?;
+        b.read(&mut buf_b[..want], at)?;
         if buf_a[..want] != buf_b[..want] {
             let pages = buf_a[..want]
                 .chunks(PAGE)
@@ -106,8 +145,8 @@ pub fn differing_pages(source: &Path, target: &Path) -> Result<Vec<DifferingPage
 /// on both sides and its target is complete.
 #[derive(Debug, Deserialize)]
 struct Ready {
-    source_ram: PathBuf,
-    target_ram: PathBuf,
+    source_ram: String,
+    target_ram: String,
 }
 
 /// The differing pages of each VM that was compared.
@@ -184,7 +223,8 @@ fn look(dir: &Path, found: &mut Differing) -> Result<()> {
         let Ok(ready) = serde_json::from_slice::<Ready>(&fs::read(&path)?) else {
             continue;
         };
-        let differing = differing_pages(&ready.source_ram, &ready.target_ram);
+        let differing = Ram::place(&ready.source_ram)
+            .and_then(|source| differing(&source, &Ram::place(&ready.target_ram)?));
         // The agent goes on whatever was found; the finding is told at the end.
         fs::write(&go, b"")?;
         found.insert(
@@ -330,6 +370,22 @@ mod tests {
         assert_eq!(differing_pages(&a, &a)?, []);
         fs::write(&b, &ram[PAGE..])?;
         assert!(differing_pages(&a, &b).is_err(), "another size");
+        Ok(())
+    }
+
+    #[test]
+    fn ram_is_also_found_in_the_memory_of_a_process() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("ram");
+        let ram = vec![5u8; 3 * PAGE];
+        fs::write(&path, &ram)?;
+        let mine = format!(
+            "/proc/{}/mem@{:#x}+{:#x}",
+            std::process::id(),
+            ram.as_ptr() as usize,
+            ram.len()
+        );
+        assert_eq!(differing(&Ram::place(&mine)?, &Ram::file(&path)?)?, []);
         Ok(())
     }
 

@@ -28,6 +28,8 @@ pub struct Setup {
     pub shape: Shape,
     /// Size of the gang.
     pub vms: u32,
+    /// So many of them, from the first, have RAM of their own.
+    pub private_ram: u32,
     /// What runs in it.
     pub guests: Guests,
     /// Further arguments of `drover migrate`.
@@ -48,9 +50,12 @@ fn saves(setup: &Setup) -> Result<Option<Vec<Saved>>> {
 pub fn start_vms(setup: &Setup, saves: Option<&[Saved]>, gang: &mut Gang) -> Result<()> {
     for i in 0..setup.vms as usize {
         let host = route(gang.lab, i).0.name.clone();
-        match saves {
-            Some(saves) => gang.adopt(&vm_name(i), &saves[i], &host)?,
-            None => gang.run(&vm_name(i), &Guest::small_kvm(i as u32 + 1)?, &host)?,
+        let (name, private) = (vm_name(i), i < setup.private_ram as usize);
+        match (saves, private) {
+            (Some(saves), false) => gang.adopt(&name, &saves[i], &host)?,
+            (Some(saves), true) => gang.adopt_private(&name, &saves[i], &host)?,
+            (None, false) => gang.run(&name, &Guest::small_kvm(i as u32 + 1)?, &host)?,
+            (None, true) => gang.run_private(&name, &Guest::small_kvm(i as u32 + 1)?, &host)?,
         }
         // It takes a few seconds each: whoever waits is to see that it goes on.
         eprintln!("lab: {} runs on {host}", vm_name(i));

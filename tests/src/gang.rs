@@ -76,12 +76,13 @@ impl<'a> Gang<'a> {
     }
 
     /// Puts a VM's definition on all hosts' agents.
-    fn define(&self, name: &str, domain: &str, guest: &Guest) -> Result<()> {
+    fn define(&self, name: &str, domain: &str, guest: &Guest, private: bool) -> Result<()> {
         for host in &self.lab.hosts {
             let file = AgentFiles::of(host)
                 .definitions
                 .join(format!("{name}.toml"));
-            fs::write(file, agentcfg::definition(name, domain, guest))?;
+            let text = agentcfg::definition(name, domain, guest, private);
+            fs::write(file, text)?;
         }
         Ok(())
     }
@@ -99,13 +100,36 @@ impl<'a> Gang<'a> {
     /// # Errors
     /// As [`Gang::adopt`].
     pub fn adopt_in(&mut self, domain: &str, name: &str, saved: &Saved, host: &str) -> Result<()> {
-        self.define(name, domain, &saved.guest)?;
+        self.adopt_as(domain, name, saved, host, false)
+    }
+
+    /// As [`Gang::adopt`]; its RAM is the VMM's own.
+    ///
+    /// # Errors
+    /// As [`Gang::adopt`].
+    pub fn adopt_private(&mut self, name: &str, saved: &Saved, host: &str) -> Result<()> {
+        self.adopt_as("lab", name, saved, host, true)
+    }
+
+    fn adopt_as(
+        &mut self,
+        domain: &str,
+        name: &str,
+        saved: &Saved,
+        host: &str,
+        private: bool,
+    ) -> Result<()> {
+        self.define(name, domain, &saved.guest, private)?;
         let on = self.host(host)?;
         // Apart from the agent's folders: there it makes its own when a VM arrives.
         let (run, shm) = (on.run_dir.join("lab"), on.shm_dir.join("lab"));
         fs::create_dir_all(&run)?;
         fs::create_dir_all(&shm)?;
-        let at = Places::of(name, &run, &shm);
+        let mut at = Places::of(name, &run, &shm);
+        if private {
+            at.private = true;
+            at.ram = saved.ram().display().to_string();
+        }
         let _ = fs::remove_file(&at.serial);
         let monitor = run.join(format!("{name}.agent.qmp")).display().to_string();
         let socket = |path: &str| format!("unix:{path},server=on,wait=off");
@@ -120,6 +144,10 @@ impl<'a> Gang<'a> {
         self.cluster
             .agent(host)
             .run(&["vm", "adopt", name, "--qmp", &monitor])?;
+        if private {
+            // The save stays when the VM leaves.
+            at.ram.clear();
+        }
         let guest = saved.guest.clone();
         self.vms.push(RunningVm {
             name: name.into(),
@@ -136,7 +164,19 @@ impl<'a> Gang<'a> {
     /// # Errors
     /// When the agent cannot start it or it does not tick.
     pub fn run(&mut self, name: &str, guest: &Guest, host: &str) -> Result<()> {
-        self.define(name, "lab", guest)?;
+        self.run_as(name, guest, host, false)
+    }
+
+    /// As [`Gang::run`]; its RAM is the VMM's own.
+    ///
+    /// # Errors
+    /// As [`Gang::run`].
+    pub fn run_private(&mut self, name: &str, guest: &Guest, host: &str) -> Result<()> {
+        self.run_as(name, guest, host, true)
+    }
+
+    fn run_as(&mut self, name: &str, guest: &Guest, host: &str, private: bool) -> Result<()> {
+        self.define(name, "lab", guest, private)?;
         let agent = self.cluster.agent(host);
         agent.run(&["vm", "run", name])?;
         let at = agent.files.places(name);

@@ -10,7 +10,7 @@ use crate::qemu::Guest;
 use crate::qmp::Qmp;
 use crate::stage::Stage;
 use anyhow::{Context, Result, bail, ensure};
-use drover::api::types::{GangProgress, HandoverInfo};
+use drover::api::types::{GangPhase, GangProgress, HandoverInfo};
 use drover::gang::moments::{Moment, Party};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,6 +25,8 @@ pub const BESIDE: &str = "r1h2";
 /// How long anything here may take.
 const LIMIT: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(10);
+/// Long enough for the coordinator's word to get to a source.
+const DELIVERY: Duration = Duration::from_millis(300);
 
 /// Asks again and again.
 ///
@@ -113,9 +115,21 @@ impl Play {
     /// # Errors
     /// When the stage or the VM does not come up.
     pub fn new() -> Result<Play> {
+        Self::with(|gang| gang.run(VM, &Guest::small_kvm(1)?, ENDS[0]))
+    }
+
+    /// As [`Play::new`]; the VM's RAM is its VMM's own.
+    ///
+    /// # Errors
+    /// As [`Play::new`].
+    pub fn private() -> Result<Play> {
+        Self::with(|gang| gang.run_private(VM, &Guest::small_kvm(1)?, ENDS[0]))
+    }
+
+    fn with(start: impl FnOnce(&mut Gang) -> Result<()>) -> Result<Play> {
         let stage = Stage::new(400)?;
         let mut gang = stage.gang();
-        gang.run(VM, &Guest::small_kvm(1)?, ENDS[0])?;
+        start(&mut gang)?;
         let vm = gang.vms.pop();
         drop(gang);
         Ok(Play { stage, vm })
@@ -234,6 +248,21 @@ impl Play {
     /// When it does not answer.
     pub fn progress(&self, agent: &str) -> Result<Option<GangProgress>> {
         Ok(self.agent(agent).status()?.migrations.into_iter().next())
+    }
+
+    /// Waits until an agent says that the newest gang it drives is being
+    /// cancelled, and a moment more: for its word to get to the source, which
+    /// does not show it.
+    ///
+    /// # Errors
+    /// When it does not say so.
+    pub fn cancelling(&self, coordinator: &str) -> Result<()> {
+        until("the gang to be cancelled", || {
+            let progress = self.progress(coordinator)?.context("no gang")?;
+            Ok((progress.phase == GangPhase::Cancelling).then_some(()))
+        })?;
+        std::thread::sleep(DELIVERY);
+        Ok(())
     }
 
     /// Waits until nothing is unsettled on any agent.

@@ -70,6 +70,9 @@ pub enum Guest {
 pub struct Places {
     /// The RAM file.
     pub ram: String,
+    /// Guest RAM is the VMM's own; it begins as a copy of what `ram` holds, or
+    /// empty if that is.
+    pub private: bool,
     /// The file the first serial port is written to.
     pub serial: String,
     /// The socket of the second serial port.
@@ -85,6 +88,7 @@ impl Places {
         let ram = shm_dir.join(format!("{name}.ram")).display().to_string();
         Places {
             ram,
+            private: false,
             serial: at("serial"),
             control: at("ctl"),
             qmp: at("qmp"),
@@ -130,13 +134,13 @@ impl Guest {
         );
         args.add("-machine", "pc,memory-backend=ram");
         args.add("-m", &format!("{kib}K"));
-        args.add(
-            "-object",
-            &format!(
-                "memory-backend-file,id=ram,size={kib}K,mem-path={},share=on",
-                at.ram
-            ),
-        );
+        let file = format!("memory-backend-file,id=ram,size={kib}K,mem-path={}", at.ram);
+        let backend = match (at.private, at.ram.is_empty()) {
+            (false, _) => format!("{file},share=on"),
+            (true, false) => format!("{file},share=off"),
+            (true, true) => format!("memory-backend-ram,id=ram,size={kib}K"),
+        };
+        args.add("-object", &backend);
         args.flag("-nodefaults");
         args.flag("-no-user-config");
         args.add("-display", "none");

@@ -50,7 +50,9 @@ impl Saved {
         at: &Places,
         more: &[&str],
     ) -> Result<Vmm> {
-        qemu::copy_sparse(&self.ram(), Path::new(&at.ram))?;
+        if !at.private {
+            qemu::copy_sparse(&self.ram(), Path::new(&at.ram))?;
+        }
         let mut vmm = Vmm::start(
             ns,
             name,
@@ -113,6 +115,7 @@ pub fn kvm_with(work: KvmWork) -> Result<Saved> {
 fn saved(guest: Guest) -> Result<Saved> {
     let nowhere = Places {
         ram: String::new(),
+        private: false,
         serial: String::new(),
         control: String::new(),
         qmp: String::new(),

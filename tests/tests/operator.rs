@@ -4,25 +4,11 @@
 use anyhow::{Context, Result, ensure};
 use drover::api::types::{GangPhase, VmOutcome};
 use drover::gang::moments::Moment;
-use std::time::Duration;
 use tests::drover::Ended;
 use tests::play::{BESIDE, ENDS, Held, Play, until};
 
 /// Exit status of a command that was interrupted.
 const INTERRUPTED: i32 = 130;
-/// For the coordinator's word to get to the source, which does not show it.
-const DELIVERY: Duration = Duration::from_millis(300);
-
-/// Waits until the coordinator says that the gang is being cancelled.
-fn cancelling(play: &Play) -> Result<()> {
-    until("the gang to be cancelled", || {
-        let progress = play.progress(BESIDE)?.context("no gang")?;
-        Ok((progress.phase == GangPhase::Cancelling).then_some(()))
-    })?;
-    std::thread::sleep(DELIVERY);
-    Ok(())
-}
-
 /// Lets the gang go on; it has to end as cancelled, its VM still at its source.
 fn stays(play: &mut Play, held: Held, moment: Moment) -> Result<Ended> {
     let case = || format!("cancelled at {}", moment.name());
@@ -46,7 +32,7 @@ fn cancel_is_heard_at_every_step_before_the_commitment() -> Result<()> {
     for moment in [Prepared, Precopy, Ready, Switch, Paused, Sealed, DeviceSent] {
         let held = play.held_at(moment, BESIDE)?;
         play.agent(BESIDE).run(&["cancel", "gang"])?;
-        cancelling(&play)?;
+        play.cancelling(BESIDE)?;
         stays(&mut play, held, moment)?;
     }
     play.stage.finish()
@@ -59,14 +45,14 @@ fn ctrl_c_cancels_and_says_so_and_a_second_one_leaves_it_to_the_agent() -> Resul
     for moment in [Moment::Precopy, Moment::Sealed] {
         let held = play.held_at(moment, BESIDE)?;
         held.migration.interrupt()?;
-        cancelling(&play)?;
+        play.cancelling(BESIDE)?;
         let ended = stays(&mut play, held, moment)?;
         ensure!(ended.said.contains("cancelling"), "{}", ended.said);
     }
     let source = play.host().to_owned();
     let mut held = play.held_at(Moment::Precopy, BESIDE)?;
     held.migration.interrupt()?;
-    cancelling(&play)?;
+    play.cancelling(BESIDE)?;
     held.migration.interrupt()?;
     until("the command to leave", || {
         Ok((!held.migration.running()?).then_some(()))

@@ -58,7 +58,9 @@ fn ram_that_is_not_shared_is_refused_and_the_vm_runs_on() -> Result<()> {
     let guest = Guest::small_kvm(1)?;
     let stage = Stage::new(400)?;
     for host in &stage.lab.hosts {
-        let text = agentcfg::definition("vm1", "lab", &guest).replace("share=on", "share=off");
+        let text = agentcfg::definition("vm1", "lab", &guest, false)
+            .replace("share=on", "share=off")
+            .replace("ram = ", "kind = \"qemu-direct\"\nram = ");
         fs::write(AgentFiles::of(host).definitions.join("vm1.toml"), text)?;
     }
     let agent = stage.cluster.agent("r1h1");

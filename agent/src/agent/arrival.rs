@@ -11,10 +11,12 @@ use crate::gang::target::TargetGang;
 use crate::gang::verify::full_digest;
 use crate::types::{GangId, VmIndex};
 use crate::vmm::PageSink;
-use crate::vmm::definition::{Definition, VmPaths};
+use crate::vmm::definition::{Definition, Kind, VmPaths};
 use crate::vmm::kinds::TargetVm;
 use crate::vmm::launch::{Vmm, has_leftover};
+use crate::vmm::ram::parse_kib;
 use std::cell::{Cell, RefCell};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -39,6 +41,9 @@ pub(super) struct Arrival {
     pub(super) definition: Definition,
     pub(super) files: VmPaths,
     pub(super) ram_bytes: u64,
+    /// How it is reached; as its definition wants it, if a restarted agent
+    /// found it.
+    pub(super) kind: Kind,
     pub(super) socket: PathBuf,
     /// While pages are placed; a restarted agent has none of it.
     pub(super) pages: RefCell<Option<Pages>>,
@@ -90,7 +95,12 @@ impl Arrival {
         state: Target,
         care: Care,
     ) -> Self {
+        let kind = match &held {
+            Held::Waiting(vm) => vm.kind(),
+            Held::Kept(_) | Held::Nothing => definition.kind,
+        };
         let arrival = Arrival {
+            kind,
             gang: care.gang,
             name: care.vm.clone(),
             from: from.to_owned(),
@@ -127,7 +137,8 @@ impl Arrival {
         );
         arriving.then(|| VmInfo {
             name: self.name.clone(),
-            kind: "qemu-direct".to_owned(),
+            kind: self.kind.to_string(),
+            why: None,
             status: match self.care.in_doubt() {
                 Some(_) => "in doubt".to_owned(),
                 None => "incoming".to_owned(),
@@ -196,6 +207,18 @@ impl Arrival {
             Held::Kept(vmm) => vmm.process.is_ending(),
             Held::Nothing => !has_leftover(&self.files),
         }
+    }
+
+    /// Bytes of its RAM that have memory already.
+    pub(super) fn filled_bytes(&self) -> u64 {
+        if self.definition.has_ram_file() {
+            return std::fs::metadata(&self.files.ram).map_or(0, |m| m.blocks() * 512);
+        }
+        let resident = match &*self.vmm.borrow() {
+            Held::Waiting(vm) => vm.vmm().process.status("VmRSS").ok().flatten(),
+            Held::Kept(_) | Held::Nothing => None,
+        };
+        resident.as_deref().and_then(parse_kib).unwrap_or(0) * 1024
     }
 
     /// From now on the VMM lives on without us.

@@ -15,11 +15,10 @@ use crate::gang::moments::Moment;
 use crate::gang::target::TargetGang;
 use crate::net::Incoming;
 use crate::types::VmIndex;
-use crate::vmm::definition::{Definition, VmPaths};
+use crate::vmm::definition::{Definition, Kind, VmPaths};
 use crate::vmm::kinds::TargetVm;
-use crate::vmm::ram::free_bytes;
-use crate::vmm::relay::relay;
-use std::os::unix::fs::MetadataExt;
+use crate::vmm::ram::{free_bytes, free_memory};
+use crate::vmm::relay::relay_after;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,6 +26,9 @@ use tokio::net::UnixStream;
 
 /// How long the relay of device state may stand still.
 const RELAY_IDLE: Duration = Duration::from_secs(30);
+/// How long the first byte of a stream may take: it comes when the source's
+/// QEMU has gone through all of RAM as often as the guest's writing makes it.
+const STREAM_BEGINS: Duration = Duration::from_secs(3600);
 /// Longest that a step waits for its source, whatever that asks for.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// How often outstanding references are looked at while the guest waits.
@@ -70,7 +72,12 @@ impl Agent {
         definition
             .expand(&files, &self.config.placeholders)
             .map_err(|e| chain(&e))?;
-        let free = free_bytes(&self.config.ram_dir).map_err(|e| chain(&e))?;
+        let ram_dir = &self.config.ram_dir;
+        let (free, place) = match definition.has_ram_file() {
+            true => (free_bytes(ram_dir), ram_dir.display().to_string()),
+            false => (free_memory(), "its memory".to_owned()),
+        };
+        let free = free.map_err(|e| chain(&e))?;
         let promised = self.promised_bytes();
         if facts.vmm.ram_bytes() > free.saturating_sub(promised) {
             return Err(format!(
@@ -79,7 +86,7 @@ impl Agent {
                  target",
                 self.name(),
                 facts.vmm.ram_bytes() >> 20,
-                self.config.ram_dir.display(),
+                place,
                 free >> 20,
                 promised >> 20
             ));
@@ -87,17 +94,14 @@ impl Agent {
         Ok(definition)
     }
 
-    /// Bytes of RAM files of arriving VMs that are not filled yet.
+    /// Bytes of RAM of arriving VMs that have no memory yet.
     fn promised_bytes(&self) -> u64 {
         let landings = self.landings.borrow();
         let unfilled = |a: &&Rc<Arrival>| matches!(a.state(), Target::Waiting | Target::Loaded);
         landings
             .iter()
             .filter(unfilled)
-            .map(|a| {
-                let used = std::fs::metadata(&a.files.ram).map_or(0, |m| m.blocks() * 512);
-                a.ram_bytes.saturating_sub(used)
-            })
+            .map(|a| a.ram_bytes.saturating_sub(a.filled_bytes()))
             .sum()
     }
 
@@ -316,8 +320,12 @@ impl Agent {
         let Some(arrival) = gang.arrival(index) else {
             return;
         };
+        let begin = match arrival.kind {
+            Kind::QemuStream => STREAM_BEGINS,
+            Kind::QemuDirect | Kind::Auto => RELAY_IDLE,
+        };
         let outcome = match UnixStream::connect(&arrival.socket).await {
-            Ok(vmm) => relay(incoming.stream, vmm, RELAY_IDLE)
+            Ok(vmm) => relay_after(begin, incoming.stream, vmm, RELAY_IDLE)
                 .await
                 .map_err(|e| chain(&e)),
             Err(error) => Err(format!("{}: {error}", arrival.socket.display())),

@@ -16,7 +16,7 @@ use crate::gang::journal::{Record, Side, Step};
 use crate::gang::message::{Compress, GangSpec, Phase, SourceFacts};
 use crate::gang::moments::Moment;
 use crate::gang::rounds::RoundLimits;
-use crate::gang::scan::Scan;
+use crate::gang::scan::{Carrier, Scan, StreamScan};
 use crate::gang::source::SourceGang;
 use crate::gang::stage::StageShared;
 use crate::lane::{self, Connector, EncodeConfig, LaneSetConfig, LaneStream};
@@ -238,11 +238,11 @@ impl Agent {
         let pages = source.start().await.map_err(|e| chain(&e))?;
         leaving.moving(false).await?;
         tracing::info!(vm = %name, %target, kind = %source.facts().kind(), "pre-copy begins");
-        let (flight_of_scan, rules) = (flight.clone(), self.precopy_rules(gang));
+        let rules = self.precopy_rules(gang);
+        let carrier = Carrier::new(flight.clone(), rules, stager, orders, tell);
         let scan = move || match pages {
-            Pages::Direct(pages) => {
-                Scan::new(flight_of_scan, rules, pages, stager, orders, tell).run();
-            }
+            Pages::Direct(pages) => Scan::new(carrier, pages).run(),
+            Pages::Stream(pages) => StreamScan::new(carrier, pages).run(),
         };
         std::thread::Builder::new()
             .name(format!("scan-{name}"))

@@ -134,6 +134,7 @@ impl Agent {
                 Err(_) => "unreachable".to_owned(),
             },
         };
+        let (kind, why) = self.vms.kind(vm).await;
         let flight = self.open_gangs().into_iter().find_map(|gang| {
             let departures = gang.departures.borrow();
             let flight = departures
@@ -147,7 +148,8 @@ impl Agent {
         let rate = flight.map(|f| (f.dirty_pages_per_s * crate::types::PAGE_SIZE as f64) as u64);
         VmInfo {
             name: vm.definition.name.clone(),
-            kind: "qemu-direct".to_owned(),
+            kind,
+            why,
             status,
             ram_bytes: vm.definition.ram_bytes,
             pages_scanned: vm.pages_scanned + scanned,

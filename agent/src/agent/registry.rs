@@ -5,7 +5,8 @@ use crate::api::{ApiError, ErrorKind};
 use crate::config::AgentConfig;
 use crate::gang::handover::chain;
 use crate::types::GangId;
-use crate::vmm::definition::{Definition, VmPaths};
+use crate::vmm::definition::{Definition, Kind, VmPaths};
+use crate::vmm::kinds::SourceVm;
 use crate::vmm::launch::{Launched, Role, Vmm, remove_files};
 use crate::vmm::qmp::RunState;
 use std::cell::RefCell;
@@ -25,6 +26,8 @@ pub(super) struct Vm {
     pub(super) pages_scanned: u64,
     /// As the last migration measured it.
     pub(super) dirty_bytes_per_s: Option<u64>,
+    /// Its kind, and why it is no better one, once both are known.
+    kind: Option<(Kind, Option<String>)>,
 }
 
 /// See the module.
@@ -77,6 +80,27 @@ impl Registry {
     pub(super) fn update(&self, name: &str, f: impl FnOnce(&mut Vm)) {
         if let Some(vm) = self.vms.borrow_mut().get_mut(name) {
             f(vm);
+        }
+    }
+
+    /// How a VM can be moved, and why no better kind of moving is possible.
+    pub(super) async fn kind(&self, vm: &Vm) -> (String, Option<String>) {
+        if let Some((kind, why)) = &vm.kind {
+            return (kind.to_string(), why.clone());
+        }
+        // Of one that moves or has ended nothing new can be learned.
+        if vm.leaving.is_some() || !vm.vmm.process.is_alive() {
+            return (vm.definition.kind.to_string(), None);
+        }
+        match SourceVm::choose(vm.vmm.clone(), vm.definition.kind).await {
+            Ok((source, why)) => {
+                let kind = source.facts().kind();
+                self.update(&vm.definition.name, |vm| {
+                    vm.kind = Some((kind, why.clone()))
+                });
+                (kind.to_string(), why)
+            }
+            Err(error) => ("none".to_owned(), Some(chain(&error))),
         }
     }
 
@@ -269,6 +293,7 @@ impl Vm {
             leaving: None,
             pages_scanned: 0,
             dirty_bytes_per_s: None,
+            kind: None,
         }
     }
 }

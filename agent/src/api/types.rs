@@ -41,8 +41,12 @@ pub struct AdoptVm {
 pub struct VmInfo {
     /// Its name.
     pub name: String,
-    /// How it is reached: `qemu-direct`.
+    /// How it is reached: `qemu-direct` or `qemu-stream`; `none` if it cannot
+    /// be moved.
     pub kind: String,
+    /// Why no better kind is possible, if so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
     /// QEMU's run state (`running`, `paused`, …) or what the agent does with
     /// it (`incoming`, `migrating`).
     pub status: String,

@@ -298,7 +298,13 @@ pub fn vm_table(vms: &[VmInfo]) -> String {
             vm.pid.to_string(),
         ]);
     }
-    lines(&table).trim_end().to_owned()
+    let mut text = lines(&table).trim_end().to_owned();
+    for vm in vms {
+        if let Some(why) = &vm.why {
+            text.push_str(&format!("\n{} is {}: {why}", vm.name, vm.kind));
+        }
+    }
+    text
 }
 
 /// The agent's state.

@@ -162,6 +162,7 @@ fn tables_of_vms() {
     let vm = VmInfo {
         name: "web1".to_owned(),
         kind: "qemu-direct".to_owned(),
+        why: None,
         status: "running".to_owned(),
         ram_bytes: 2 << 30,
         pages_scanned: 524_288,
@@ -172,6 +173,8 @@ fn tables_of_vms() {
     };
     let fresh = VmInfo {
         name: "web2".to_owned(),
+        kind: "qemu-stream".to_owned(),
+        why: Some("guest RAM is private".to_owned()),
         dirty_bytes_per_s: None,
         pages_scanned: 0,
         ..vm.clone()
@@ -182,7 +185,8 @@ fn tables_of_vms() {
         text,
         "VM    kind         status       RAM  scanned  dirty/s   pid\n\
          web1  qemu-direct  running  2.0 GiB  2.0 GiB  3.8 MiB  1234\n\
-         web2  qemu-direct  running  2.0 GiB      0 B        -  1234"
+         web2  qemu-stream  running  2.0 GiB      0 B        -  1234\n\
+         web2 is qemu-stream: guest RAM is private"
     );
 }
 

@@ -351,8 +351,8 @@ impl Stager {
         let (mut unchanged, mut zero) = (0, 0);
         for (slot, page) in sent.pages.iter().enumerate() {
             match page.verdict {
-                // Zero where the target's fresh memory is zero anyway.
-                Verdict::Unchanged if page.fp == Fingerprint::ZERO => zero += 1,
+                // Zero where the target's fresh memory is zero anyway; told once.
+                Verdict::Unchanged if page.fp == Fingerprint::ZERO && round.0 == 1 => zero += 1,
                 Verdict::Unchanged => unchanged += 1,
                 Verdict::Zero => assert!(entries.push_zero(page.gfn), "128 runs fit a batch"),
                 Verdict::Reference { holder } => entries.refs.push(Reference {

@@ -37,6 +37,8 @@ pub enum Kind {
     Auto,
     /// QEMU whose RAM is a shared file.
     QemuDirect,
+    /// QEMU whose RAM is its own: its migration stream tells what to send.
+    QemuStream,
 }
 
 impl fmt::Display for Kind {
@@ -44,6 +46,7 @@ impl fmt::Display for Kind {
         f.write_str(match self {
             Kind::Auto => "auto",
             Kind::QemuDirect => "qemu-direct",
+            Kind::QemuStream => "qemu-stream",
         })
     }
 }
@@ -201,13 +204,16 @@ impl Definition {
             let what = "qemu.binary: must be an absolute path, e.g. /usr/bin/qemu-system-x86_64";
             return Err(fail(raw.qemu.binary.span().start, what.into()));
         }
-        let mut uses_ram = false;
+        let (mut uses_ram, mut has_file) = (false, false);
         for arg in &raw.qemu.args {
             let at = arg.span().start;
             check_arg(arg.get_ref()).map_err(|what| fail(at, format!("qemu.args: {what}")))?;
-            uses_ram |= placeholders(arg.get_ref()).any(|(_, name)| name == "ram");
+            uses_ram |= uses_ram_file(arg.get_ref());
+            has_file |= arg.get_ref().contains("mem-path=");
         }
-        if !uses_ram {
+        // RAM that is not in a file is the VMM's own; a file in any other place
+        // would be nobody's.
+        if !uses_ram && (has_file || raw.kind == Kind::QemuDirect) {
             let what = "qemu.args: no argument uses {ram}; give the VM RAM the agent can share: -object memory-backend-file,id=ram,size={ram_size},mem-path={ram},share=on -machine …,memory-backend=ram";
             return Err(fail(raw.qemu.binary.span().start, what.into()));
         }
@@ -266,6 +272,11 @@ impl Definition {
             .collect()
     }
 
+    /// Whether guest RAM is in a file that the agent makes.
+    pub fn has_ram_file(&self) -> bool {
+        self.args.iter().any(|arg| uses_ram_file(arg))
+    }
+
     /// The placeholders a host must know to run this VM.
     pub fn host_placeholders(&self) -> BTreeSet<&str> {
         self.args
@@ -274,6 +285,10 @@ impl Definition {
             .filter(|name| !OWN_PLACEHOLDERS.contains(name))
             .collect()
     }
+}
+
+fn uses_ram_file(arg: &str) -> bool {
+    placeholders(arg).any(|(_, name)| name == "ram")
 }
 
 /// Byte offset and name of each `{name}` in an argument. Braces around

@@ -15,7 +15,6 @@
 //! from whatever state; `abort` (or dropping) leaves nothing of the target.
 
 mod error;
-mod setup;
 
 pub use error::DirectError;
 
@@ -26,6 +25,7 @@ use super::preflight::{QemuFacts, check_source, check_target};
 use super::qmp::{Cursor, MigrationStatus, QmpError, RunState};
 use super::ram::{GuestRam, RamLayout};
 use super::relay::{OfferedSocket, relay};
+use super::setup::{self, Move};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -159,7 +159,7 @@ impl SourceVm {
     /// What the VMM has to be told before [`Self::state_out`]; the guest may
     /// run meanwhile. [`Self::roll_back`] takes it back.
     pub async fn prepare_state_out(&self) -> Result<(), DirectError> {
-        let set_up = setup::apply(&self.vmm).await;
+        let set_up = setup::apply(&self.vmm, Move::DeviceState).await;
         set_up.map_err(qmp_error(
             &self.vmm,
             "setting up the move of its device state",
@@ -254,7 +254,7 @@ impl SourceVm {
 }
 
 /// Lets a source go on after a failure before the point of no return: ends a
-/// migration of device state that may be under way, resumes the guest if `run`,
+/// migration that may be under way, resumes the guest if `run`,
 /// and takes back the settings under which a migration by somebody else would
 /// leave guest RAM behind. Works from every state, also for an agent that has
 /// been restarted meanwhile; guest RAM is as the guest left it.
@@ -360,7 +360,7 @@ impl TargetVm {
         let launched = Launched::start(definition, paths, host, Role::Incoming).await?;
         let vmm = launched.vmm();
         let layout = check_target(vmm, facts).await?;
-        setup::apply(vmm)
+        setup::apply(vmm, Move::DeviceState)
             .await
             .map_err(qmp_error(vmm, "setting up for incoming device state"))?;
         let ram =
@@ -387,54 +387,13 @@ impl TargetVm {
     /// Lets the VMM listen for device state on the Unix socket `socket`, which
     /// must not exist. Returns when it listens.
     pub async fn listen(&mut self, socket: &Path) -> Result<(), DirectError> {
-        let cursor = self.vmm().qmp.cursor();
-        let uri = format!("unix:{}", socket.display());
-        let listening = self.vmm().qmp.migrate_incoming(&uri).await;
-        listening.map_err(qmp_error(self.vmm(), "listening for device state"))?;
-        self.listening = Some(cursor);
+        self.listening = Some(listen(self.vmm(), socket).await?);
         Ok(())
     }
 
     /// Waits until all device state has arrived; the guest is then paused.
-    /// A VMM that cannot use the state ends itself: the error has its words.
     pub async fn wait_arrived(&self, limit: Duration) -> Result<(), DirectError> {
-        let vmm = self.vmm();
-        let cursor = self.listening.unwrap_or_else(|| vmm.qmp.cursor());
-        let status = match vmm.qmp.wait_migration_over(cursor, limit).await {
-            Ok(status) => status,
-            Err(error) => return Err(qmp_error(vmm, "receiving device state")(error)),
-        };
-        if status != MigrationStatus::Completed {
-            let why = vmm.log_tail();
-            return Err(DirectError::State {
-                vm: vmm.name.clone(),
-                status,
-                why,
-            });
-        }
-        // The event comes just before the run state changes.
-        let deadline = Instant::now() + Duration::from_secs(2);
-        loop {
-            let have = vmm
-                .qmp
-                .status()
-                .await
-                .map_err(qmp_error(vmm, "asking for its state"))?;
-            match have {
-                RunState::Paused => return Ok(()),
-                RunState::Inmigrate if Instant::now() < deadline => {
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                }
-                have => {
-                    let doing = "the arrival of its device state";
-                    return Err(DirectError::RunState {
-                        vm: vmm.name.clone(),
-                        doing,
-                        have,
-                    });
-                }
-            }
-        }
+        wait_arrived(self.vmm(), self.listening, limit).await
     }
 
     /// Lets the guest run here. Only after the point of no return.
@@ -450,5 +409,60 @@ impl TargetVm {
     /// Ends the half-made VM and removes its files.
     pub async fn abort(self) {
         blocking(move || drop(self)).await;
+    }
+}
+
+/// Lets a VMM listen for device state on the Unix socket `socket`, which must
+/// not exist. Returns when it listens, with the place among its events.
+pub(super) async fn listen(vmm: &Vmm, socket: &Path) -> Result<Cursor, DirectError> {
+    let cursor = vmm.qmp.cursor();
+    let uri = format!("unix:{}", socket.display());
+    let listening = vmm.qmp.migrate_incoming(&uri).await;
+    listening.map_err(qmp_error(vmm, "listening for device state"))?;
+    Ok(cursor)
+}
+
+/// Waits until all device state has arrived; the guest is then paused.
+/// A VMM that cannot use the state ends itself: the error has its words.
+pub(super) async fn wait_arrived(
+    vmm: &Vmm,
+    listening: Option<Cursor>,
+    limit: Duration,
+) -> Result<(), DirectError> {
+    let cursor = listening.unwrap_or_else(|| vmm.qmp.cursor());
+    let status = match vmm.qmp.wait_migration_over(cursor, limit).await {
+        Ok(status) => status,
+        Err(error) => return Err(qmp_error(vmm, "receiving device state")(error)),
+    };
+    if status != MigrationStatus::Completed {
+        let why = vmm.log_tail();
+        return Err(DirectError::State {
+            vm: vmm.name.clone(),
+            status,
+            why,
+        });
+    }
+    // The event comes just before the run state changes.
+    let deadline = Instant::now() + Duration::from_secs(2);
+    loop {
+        let have = vmm
+            .qmp
+            .status()
+            .await
+            .map_err(qmp_error(vmm, "asking for its state"))?;
+        match have {
+            RunState::Paused => return Ok(()),
+            RunState::Inmigrate if Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            have => {
+                let doing = "the arrival of its device state";
+                return Err(DirectError::RunState {
+                    vm: vmm.name.clone(),
+                    doing,
+                    have,
+                });
+            }
+        }
     }
 }

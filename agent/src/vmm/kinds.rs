@@ -8,7 +8,7 @@
 //!   rounds …                                   pages placed in TargetVm::ram
 //! begin             its turn has come
 //! pause             the guest stands still   listen
-//!   last pages
+//! report_rest         last pages
 //! state_out ─────── device state ──────────▶ wait_arrived
 //!                                              ── point of no return: journal, not here ──
 //! Vmm::end                                   resume_arrived, keep
@@ -23,6 +23,8 @@ use super::direct::{self, DirectError};
 use super::launch::Vmm;
 use super::preflight::QemuFacts;
 use super::source::{DirectSource, PageRead, PageSink};
+use super::stream::{self, StreamPages, StreamVmError};
+use crate::types::chain;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -37,6 +39,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 pub enum VmFacts {
     /// QEMU whose RAM is a shared file.
     QemuDirect(QemuFacts),
+    /// QEMU whose RAM is its own.
+    QemuStream(QemuFacts),
 }
 
 impl VmFacts {
@@ -44,13 +48,14 @@ impl VmFacts {
     pub fn kind(&self) -> Kind {
         match self {
             VmFacts::QemuDirect(_) => Kind::QemuDirect,
+            VmFacts::QemuStream(_) => Kind::QemuStream,
         }
     }
 
     /// Bytes of guest RAM.
     pub fn ram_bytes(&self) -> u64 {
         match self {
-            VmFacts::QemuDirect(facts) => facts.ram_bytes,
+            VmFacts::QemuDirect(facts) | VmFacts::QemuStream(facts) => facts.ram_bytes,
         }
     }
 }
@@ -61,6 +66,17 @@ pub enum KindError {
     /// In direct mode.
     #[error(transparent)]
     Direct(#[from] DirectError),
+    /// In stream mode.
+    #[error(transparent)]
+    Stream(#[from] Box<StreamVmError>),
+    /// No kind takes the VM.
+    #[error("{direct}; and in stream mode: {stream}")]
+    None {
+        /// Why not direct mode, with its causes.
+        direct: String,
+        /// Why not stream mode.
+        stream: String,
+    },
 }
 
 /// Where the scan thread gets pages from.
@@ -68,6 +84,8 @@ pub enum KindError {
 pub enum Pages {
     /// The dirty log is asked, round by round.
     Direct(DirectSource),
+    /// QEMU's stream reports, once it is begun.
+    Stream(StreamPages),
 }
 
 /// A VM on the host it is moved from.
@@ -75,19 +93,47 @@ pub enum Pages {
 pub enum SourceVm {
     /// QEMU whose RAM is a shared file.
     Direct(direct::SourceVm),
+    /// QEMU whose RAM is its own.
+    Stream(Box<stream::SourceVm>),
 }
 
 impl SourceVm {
     /// Checks every precondition and opens guest RAM for reading. The VM is
     /// not touched.
-    pub async fn open(vmm: Vmm, _wanted: Kind) -> Result<SourceVm, KindError> {
-        Ok(SourceVm::Direct(direct::SourceVm::open(vmm).await?))
+    pub async fn open(vmm: Vmm, wanted: Kind) -> Result<SourceVm, KindError> {
+        Ok(Self::choose(vmm, wanted).await?.0)
+    }
+
+    /// [`Self::open`]; with it why no better kind was chosen, if none could be.
+    pub async fn choose(vmm: Vmm, wanted: Kind) -> Result<(SourceVm, Option<String>), KindError> {
+        let stream = async |vmm| {
+            let opened = stream::SourceVm::open(vmm).await;
+            opened.map(|vm| SourceVm::Stream(Box::new(vm)))
+        };
+        match wanted {
+            Kind::QemuDirect => Ok((SourceVm::Direct(direct::SourceVm::open(vmm).await?), None)),
+            Kind::QemuStream => Ok((stream(vmm).await.map_err(boxed)?, None)),
+            Kind::Auto => {
+                let error = match direct::SourceVm::open(vmm.clone()).await {
+                    Ok(vm) => return Ok((SourceVm::Direct(vm), None)),
+                    Err(error) => chain(&error),
+                };
+                match stream(vmm).await {
+                    Ok(vm) => Ok((vm, Some(error))),
+                    Err(stream) => Err(KindError::None {
+                        direct: error,
+                        stream: chain(&stream),
+                    }),
+                }
+            }
+        }
     }
 
     /// What the target has to know.
     pub fn facts(&self) -> VmFacts {
         match self {
             SourceVm::Direct(vm) => VmFacts::QemuDirect(vm.facts().clone()),
+            SourceVm::Stream(vm) => VmFacts::QemuStream(vm.facts().clone()),
         }
     }
 
@@ -95,6 +141,7 @@ impl SourceVm {
     pub fn ram(&self) -> Arc<dyn PageRead> {
         match self {
             SourceVm::Direct(vm) => vm.ram().clone(),
+            SourceVm::Stream(vm) => vm.ram().clone(),
         }
     }
 
@@ -102,6 +149,7 @@ impl SourceVm {
     pub async fn is_running(&self) -> Result<bool, KindError> {
         match self {
             SourceVm::Direct(vm) => Ok(vm.is_running().await?),
+            SourceVm::Stream(vm) => Ok(vm.is_running().await.map_err(boxed)?),
         }
     }
 
@@ -115,6 +163,7 @@ impl SourceVm {
                     stopped_us = quiesced.stopped.as_micros() as u64, "RAM is protected");
                 Ok(Pages::Direct(DirectSource::new(vm.ram().clone(), log)))
             }
+            SourceVm::Stream(vm) => Ok(Pages::Stream(vm.pages())),
         }
     }
 
@@ -123,13 +172,15 @@ impl SourceVm {
     pub fn stops_by_itself(&self) -> bool {
         match self {
             SourceVm::Direct(_) => false,
+            SourceVm::Stream(_) => true,
         }
     }
 
     /// It is the VM's turn. `socket` is where a socket for its VMM may be made.
-    pub async fn begin(&self, _socket: &Path) -> Result<(), KindError> {
+    pub async fn begin(&self, socket: &Path) -> Result<(), KindError> {
         match self {
             SourceVm::Direct(vm) => Ok(vm.prepare_state_out().await?),
+            SourceVm::Stream(vm) => Ok(vm.begin(socket).await.map_err(boxed)?),
         }
     }
 
@@ -138,6 +189,15 @@ impl SourceVm {
     pub async fn pause(&self) -> Result<bool, KindError> {
         match self {
             SourceVm::Direct(vm) => Ok(vm.pause().await?),
+            SourceVm::Stream(vm) => Ok(vm.pause().await.map_err(boxed)?),
+        }
+    }
+
+    /// The guest stands still, and everybody knows: the last pages may follow.
+    pub async fn report_rest(&self) -> Result<(), KindError> {
+        match self {
+            SourceVm::Direct(_) => Ok(()),
+            SourceVm::Stream(vm) => Ok(vm.report_rest().await.map_err(boxed)?),
         }
     }
 
@@ -145,6 +205,7 @@ impl SourceVm {
     pub fn stopped_at(&self) -> Option<Instant> {
         match self {
             SourceVm::Direct(_) => None,
+            SourceVm::Stream(vm) => vm.stopped_at(),
         }
     }
 
@@ -161,6 +222,7 @@ impl SourceVm {
     ) -> Result<(), KindError> {
         match self {
             SourceVm::Direct(vm) => Ok(vm.state_out(socket, target, limit).await?),
+            SourceVm::Stream(vm) => Ok(vm.state_out(target, limit).await.map_err(boxed)?),
         }
     }
 
@@ -168,8 +230,13 @@ impl SourceVm {
     pub fn break_off(&self) {
         match self {
             SourceVm::Direct(_) => {}
+            SourceVm::Stream(vm) => vm.break_off(),
         }
     }
+}
+
+fn boxed(error: StreamVmError) -> Box<StreamVmError> {
+    Box::new(error)
 }
 
 /// Lets a source go on after a failure before the point of no return; `run`:
@@ -191,6 +258,8 @@ pub async fn resume_arrived(vmm: &Vmm, run: bool) -> Result<(), KindError> {
 pub enum TargetVm {
     /// QEMU whose RAM is a shared file.
     Direct(direct::TargetVm),
+    /// QEMU whose RAM is its own.
+    Stream(stream::TargetVm),
 }
 
 impl TargetVm {
@@ -206,6 +275,19 @@ impl TargetVm {
             VmFacts::QemuDirect(facts) => Ok(TargetVm::Direct(
                 direct::TargetVm::prepare(definition, paths, host, facts).await?,
             )),
+            VmFacts::QemuStream(facts) => Ok(TargetVm::Stream(
+                stream::TargetVm::prepare(definition, paths, host, facts)
+                    .await
+                    .map_err(boxed)?,
+            )),
+        }
+    }
+
+    /// How the VM is reached.
+    pub fn kind(&self) -> Kind {
+        match self {
+            TargetVm::Direct(_) => Kind::QemuDirect,
+            TargetVm::Stream(_) => Kind::QemuStream,
         }
     }
 
@@ -213,6 +295,7 @@ impl TargetVm {
     pub fn vmm(&self) -> &Vmm {
         match self {
             TargetVm::Direct(vm) => vm.vmm(),
+            TargetVm::Stream(vm) => vm.vmm(),
         }
     }
 
@@ -220,6 +303,7 @@ impl TargetVm {
     pub fn ram(&self) -> Arc<dyn PageSink> {
         match self {
             TargetVm::Direct(vm) => vm.ram().clone(),
+            TargetVm::Stream(vm) => vm.ram().clone(),
         }
     }
 
@@ -228,6 +312,7 @@ impl TargetVm {
     pub async fn listen(&mut self, socket: &Path) -> Result<(), KindError> {
         match self {
             TargetVm::Direct(vm) => Ok(vm.listen(socket).await?),
+            TargetVm::Stream(vm) => Ok(vm.listen(socket).await.map_err(boxed)?),
         }
     }
 
@@ -235,6 +320,7 @@ impl TargetVm {
     pub async fn wait_arrived(&self, limit: Duration) -> Result<(), KindError> {
         match self {
             TargetVm::Direct(vm) => Ok(vm.wait_arrived(limit).await?),
+            TargetVm::Stream(vm) => Ok(vm.wait_arrived(limit).await.map_err(boxed)?),
         }
     }
 
@@ -242,6 +328,7 @@ impl TargetVm {
     pub fn keep(self) -> Vmm {
         match self {
             TargetVm::Direct(vm) => vm.keep(),
+            TargetVm::Stream(vm) => vm.keep(),
         }
     }
 
@@ -249,6 +336,7 @@ impl TargetVm {
     pub async fn abort(self) {
         match self {
             TargetVm::Direct(vm) => vm.abort().await,
+            TargetVm::Stream(vm) => vm.abort().await,
         }
     }
 }

@@ -208,7 +208,7 @@ pub struct Launched {
     vmm: Option<Vmm>,
     // Fields drop in this order: the RAM file goes after the VMM that has it mapped.
     killer: Killer,
-    ram: RamFile,
+    ram: Option<RamFile>,
     dir: RunDir,
 }
 
@@ -224,12 +224,14 @@ impl Launched {
         let vm = definition.name.as_str();
         let args = full_args(definition, paths, host, role)?;
         let dir = RunDir::create(vm, &paths.dir)?;
-        let ram = RamFile::create(&paths.ram, definition.ram_bytes).map_err(|source| {
-            LaunchError::Ram {
+        let ram = definition
+            .has_ram_file()
+            .then(|| RamFile::create(&paths.ram, definition.ram_bytes))
+            .transpose()
+            .map_err(|source| LaunchError::Ram {
                 vm: vm.into(),
                 source,
-            }
-        })?;
+            })?;
         let file = paths.definition();
         fs::write(&file, &definition.text).map_err(file_error(vm, "writing", &file))?;
         // From here on a daemon may exist: it is found by its pid file, also if
@@ -268,8 +270,9 @@ impl Launched {
         self.killer.armed = false;
         self.dir.armed = false;
         let vmm = self.vmm.take().expect("set before `start` returns");
-        let Launched { ram, .. } = self;
-        ram.keep();
+        if let Some(ram) = self.ram.take() {
+            ram.keep();
+        }
         vmm
     }
 }

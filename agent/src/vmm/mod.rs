@@ -10,8 +10,8 @@
 //! Other kinds of VM implement [`PageSource`] and [`PageSink`] as well; [`kinds`]
 //! is where they differ.
 //!
-//! [`qemu_stream`] reads and relays QEMU's own migration stream, the beginning of
-//! *stream mode*; no migration of a gang goes through it yet.
+//! QEMU in *stream mode* is in [`stream`]: RAM in the VMM's own memory, QEMU's
+//! migration stream, read by [`qemu_stream`], as the dirty log.
 
 pub mod cloud_hypervisor;
 pub mod definition;
@@ -29,8 +29,10 @@ pub mod qemu_stream;
 pub mod qmp;
 pub mod ram;
 pub mod relay;
+pub mod stream;
 pub mod uffd;
 
+mod setup;
 mod source;
 
 pub use pageset::PageSet;

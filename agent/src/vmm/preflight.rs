@@ -25,7 +25,7 @@ pub const MIN_VERSION: Version = Version {
 /// device state while the guest stands still; more of them than this is refused.
 pub const MAX_STATE_RAM: u64 = 256 << 20;
 
-/// What the source knows of a VM that direct mode can move; travels to the
+/// What the source knows of a QEMU that can be moved; travels to the
 /// target, which checks its side against it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QemuFacts {
@@ -33,7 +33,7 @@ pub struct QemuFacts {
     pub name: String,
     /// Bytes of guest RAM.
     pub ram_bytes: u64,
-    /// `id` of the memory backend.
+    /// `id` of the memory backend, or name of the RAM block in stream mode.
     pub backend: String,
     /// Machine type, versioned: `pc-q35-7.2`.
     pub machine: String,
@@ -57,6 +57,9 @@ const CONFLICTING: [&str; 5] = [
     "mapped-ram",
 ];
 
+/// Capabilities that direct mode needs.
+const NEEDED: [&str; 3] = ["x-ignore-shared", "return-path", "events"];
+
 /// Checks a VM that is to be moved from here. Changes nothing.
 pub async fn check_source(vmm: &Vmm) -> Result<(QemuFacts, RamLayout), PreflightError> {
     let vm = &vmm.name;
@@ -69,38 +72,18 @@ pub async fn check_source(vmm: &Vmm) -> Result<(QemuFacts, RamLayout), Preflight
         vm: vm.clone(),
         source,
     })?;
-    let version = qmp.version();
-    if version < MIN_VERSION {
-        return Err(PreflightError::OldQemu {
-            vm: vm.clone(),
-            have: version,
-        });
-    }
+    let version = check_version(vmm)?;
     // Asked all at once: QEMU answers in this order, without waiting for us in
     // between, and the gang waits for the slowest of its VMs.
-    let (state, migration, (), (), (backend, layout), machine, kvm, blocks) = tokio::try_join!(
-        async { qmp.status().await.map_err(asked) },
-        async { qmp.migration().await.map_err(asked) },
-        check_capabilities(vmm),
+    let (state, (), (), (backend, layout), machine, kvm, blocks) = tokio::try_join!(
+        check_idle(vmm),
+        check_capabilities(vmm, &NEEDED),
         check_devices(vmm),
         check_ram(vmm),
         async { qmp.machine_type().await.map_err(asked) },
         async { qmp.kvm().await.map_err(asked) },
         async { qmp.human("info ramblock").await.map_err(asked) },
     )?;
-    if !matches!(state, RunState::Running | RunState::Paused) {
-        return Err(PreflightError::State {
-            vm: vm.clone(),
-            state: state_name(&state),
-        });
-    }
-    if !migration.status.is_over() {
-        let status = format!("{:?}", migration.status);
-        return Err(PreflightError::Migrating {
-            vm: vm.clone(),
-            status,
-        });
-    }
     let facts = QemuFacts {
         name: vm.clone(),
         ram_bytes: layout.len,
@@ -123,20 +106,84 @@ pub async fn check_target(vmm: &Vmm, facts: &QemuFacts) -> Result<RamLayout, Pre
         vm: vm.clone(),
         source,
     };
-    let (state, (), (), (backend, layout), machine, kvm) = tokio::try_join!(
-        async { qmp.status().await.map_err(asked) },
-        check_capabilities(vmm),
+    let ((), (), (), (backend, layout), machine, kvm) = tokio::try_join!(
+        check_incoming(vmm),
+        check_capabilities(vmm, &NEEDED),
         check_devices(vmm),
         check_ram(vmm),
         async { qmp.machine_type().await.map_err(asked) },
         async { qmp.kvm().await.map_err(asked) },
     )?;
-    if state != RunState::Inmigrate {
+    check_same(vmm, facts, layout.len, &backend, machine, kvm)?;
+    Ok(layout)
+}
+
+/// The VMM's version, if it is new enough.
+pub(super) fn check_version(vmm: &Vmm) -> Result<Version, PreflightError> {
+    let have = vmm.qmp.version();
+    match have < MIN_VERSION {
+        false => Ok(have),
+        true => Err(PreflightError::OldQemu {
+            vm: vmm.name.clone(),
+            have,
+        }),
+    }
+}
+
+/// The state of a VM that is here and of which nobody is moving anything.
+pub(super) async fn check_idle(vmm: &Vmm) -> Result<RunState, PreflightError> {
+    let vm = &vmm.name;
+    let asked = |source| PreflightError::Qmp {
+        vm: vm.clone(),
+        source,
+    };
+    let (state, migration) =
+        tokio::try_join!(async { vmm.qmp.status().await.map_err(asked) }, async {
+            vmm.qmp.migration().await.map_err(asked)
+        },)?;
+    if !matches!(state, RunState::Running | RunState::Paused) {
         return Err(PreflightError::State {
             vm: vm.clone(),
             state: state_name(&state),
         });
     }
+    if !migration.status.is_over() {
+        let status = format!("{:?}", migration.status);
+        return Err(PreflightError::Migrating {
+            vm: vm.clone(),
+            status,
+        });
+    }
+    Ok(state)
+}
+
+/// That the VMM waits for a VM.
+pub(super) async fn check_incoming(vmm: &Vmm) -> Result<(), PreflightError> {
+    let vm = &vmm.name;
+    let asked = vmm.qmp.status().await;
+    let state = asked.map_err(|source| PreflightError::Qmp {
+        vm: vm.clone(),
+        source,
+    })?;
+    match state {
+        RunState::Inmigrate => Ok(()),
+        state => Err(PreflightError::State {
+            vm: vm.clone(),
+            state: state_name(&state),
+        }),
+    }
+}
+
+/// That a waiting VMM is like the source's.
+pub(super) fn check_same(
+    vmm: &Vmm,
+    facts: &QemuFacts,
+    ram_bytes: u64,
+    backend: &str,
+    machine: String,
+    kvm: bool,
+) -> Result<(), PreflightError> {
+    let vm = &vmm.name;
     let same = |what, have: String, wanted: String| {
         if have == wanted {
             return Ok(());
@@ -149,22 +196,23 @@ pub async fn check_target(vmm: &Vmm, facts: &QemuFacts) -> Result<RamLayout, Pre
             whose: "source",
         })
     };
+    let ram = facts.ram_bytes.to_string();
+    same("RAM size", ram_bytes.to_string(), ram)?;
     same(
-        "RAM size",
-        layout.len.to_string(),
-        facts.ram_bytes.to_string(),
+        "RAM backend's id",
+        backend.to_owned(),
+        facts.backend.clone(),
     )?;
-    same("RAM backend's id", backend, facts.backend.clone())?;
     same("machine type", machine, facts.machine.clone())?;
     let accelerator = |kvm| if kvm { "kvm" } else { "tcg" }.to_owned();
     same("accelerator", accelerator(kvm), accelerator(facts.kvm))?;
-    let version = qmp.version();
+    let version = vmm.qmp.version();
     // Patch releases go both ways.
     if (version.major, version.minor) < (facts.version.major, facts.version.minor) {
         let (have, wanted) = (version.to_string(), format!("{} or newer", facts.version));
         same("QEMU version", have, wanted)?;
     }
-    Ok(layout)
+    Ok(())
 }
 
 /// Checks that a definition fits the running VM it is to describe.
@@ -188,14 +236,19 @@ fn state_name(state: &RunState) -> String {
         .unwrap_or_default()
 }
 
-async fn check_capabilities(vmm: &Vmm) -> Result<(), PreflightError> {
+/// That the capabilities in `needed` exist, and that none is on that cannot be
+/// combined with what Drover does.
+pub(super) async fn check_capabilities(
+    vmm: &Vmm,
+    needed: &[&'static str],
+) -> Result<(), PreflightError> {
     let vm = &vmm.name;
     let all = vmm.qmp.migration_capabilities().await;
     let all = all.map_err(|source| PreflightError::Qmp {
         vm: vm.clone(),
         source,
     })?;
-    for capability in ["x-ignore-shared", "return-path", "events"] {
+    for &capability in needed {
         if !all.iter().any(|(name, _)| name == capability) {
             let version = vmm.qmp.version();
             return Err(PreflightError::NoCapability {
@@ -219,7 +272,7 @@ async fn check_capabilities(vmm: &Vmm) -> Result<(), PreflightError> {
 
 /// Devices that write guest RAM from outside the VMM's address space, or by
 /// long-pinned pages.
-async fn check_devices(vmm: &Vmm) -> Result<(), PreflightError> {
+pub(super) async fn check_devices(vmm: &Vmm) -> Result<(), PreflightError> {
     let vm = &vmm.name;
     let asked = |source| PreflightError::Qmp {
         vm: vm.clone(),

@@ -18,7 +18,7 @@ mod file;
 mod huge;
 mod layout;
 
-pub use file::{RamFile, check_len, check_space, free_bytes};
+pub use file::{RamFile, check_len, check_space, free_bytes, free_memory, parse_kib};
 pub use layout::{RamLayout, RamMapping, find_layout};
 
 use super::process::{ProcessError, VmProcess};

@@ -89,6 +89,20 @@ where
     A: AsyncRead + AsyncWrite,
     B: AsyncRead + AsyncWrite,
 {
+    relay_after(idle_limit, a, b, idle_limit).await
+}
+
+/// [`relay`], of which the first byte may take until `begin`.
+pub async fn relay_after<A, B>(
+    begin: Duration,
+    a: A,
+    b: B,
+    idle_limit: Duration,
+) -> Result<RelayStats, RelayError>
+where
+    A: AsyncRead + AsyncWrite,
+    B: AsyncRead + AsyncWrite,
+{
     let (a_read, a_write) = tokio::io::split(a);
     let (b_read, b_write) = tokio::io::split(b);
     let forward = AtomicU64::new(0);
@@ -106,7 +120,11 @@ where
     tokio::pin!(both);
     loop {
         let before = stats();
-        match timeout(idle_limit, &mut both).await {
+        let limit = match before == RelayStats::default() {
+            true => begin,
+            false => idle_limit,
+        };
+        match timeout(limit, &mut both).await {
             Ok(Ok(_)) => return Ok(stats()),
             Ok(Err(source)) => {
                 return Err(RelayError::Io {
@@ -117,7 +135,7 @@ where
             Err(_) if stats() == before => {
                 return Err(RelayError::Stalled {
                     done: before,
-                    limit: idle_limit,
+                    limit,
                 });
             }
             Err(_) => {}
@@ -204,6 +222,24 @@ mod tests {
                 relaying.await.unwrap(),
                 Err(RelayError::Io { .. })
             ));
+        });
+    }
+
+    #[test]
+    fn the_first_byte_has_a_limit_of_its_own() {
+        run(async {
+            let (mut source, a) = UnixStream::pair().unwrap();
+            let (_target, b) = UnixStream::pair().unwrap();
+            let idle = Duration::from_millis(30);
+            let relaying = tokio::spawn(relay_after(LIMIT, a, b, idle));
+            tokio::time::sleep(4 * idle).await;
+            assert!(!relaying.is_finished());
+            source.write_all(b"QEVM").await.unwrap();
+            let error = relaying.await.unwrap().unwrap_err();
+            assert!(
+                matches!(error, RelayError::Stalled { limit, .. } if limit == idle),
+                "{error}"
+            );
         });
     }
 

@@ -68,6 +68,9 @@ struct Gang {
     /// VMs of the gang.
     #[arg(long, default_value_t = 4)]
     vms: u32,
+    /// VMs of it, from the first, whose RAM is private to their VMM.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    private_ram: u32,
     /// Rate of the core link, Mbit/s each way.
     #[arg(long, default_value_t = 400)]
     rate: u32,
@@ -135,6 +138,7 @@ impl Gang {
         Setup {
             shape: self.shape(),
             vms: self.vms,
+            private_ram: self.private_ram,
             guests: self.guests(),
             migrate_args: migrate_args.to_vec(),
         }

@@ -116,7 +116,7 @@ impl Stand {
                 let definitions = AgentFiles::of(host).definitions;
                 fs::write(
                     definitions.join(format!("{name}.toml")),
-                    agentcfg::definition(&name, "lab", &guest),
+                    agentcfg::definition(&name, "lab", &guest, false),
                 )?;
             }
             stand.vms.push(StandVm {

@@ -37,6 +37,7 @@ use crate::gang::scan::{Command, Step};
 use crate::gang::verify::full_digest;
 use crate::net::{Kind, Roster, connect};
 use crate::types::VmIndex;
+pub use crate::types::chain;
 use crate::vmm::kinds::SourceVm;
 use leaving::Leaving;
 pub use live::Live;
@@ -152,6 +153,7 @@ impl<C: Caller> Handover<C> {
             .stopped_since(self.source.stopped_at().unwrap_or(pausing));
         self.live.lap(|stop| &mut stop.pause_ms);
         self.reach(Moment::Paused).await;
+        self.source.report_rest().await.map_err(|e| chain(&e))?;
         // What that leaves out, the target never gets.
         if !plant::has(Plant::EarlyResume) {
             self.last_pages().await?;
@@ -405,18 +407,4 @@ impl<C: Caller> Handover<C> {
 struct Device {
     stream: crate::net::Stream,
     target_ram: String,
-}
-
-/// An error with its sources, in one line.
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text
 }

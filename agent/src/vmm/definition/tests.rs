@@ -46,6 +46,24 @@ fn a_definition_is_read_and_expanded_for_a_host() {
 }
 
 #[test]
+fn a_vm_with_ram_of_its_own_needs_no_file() {
+    let file =
+        "\"-object\", \"memory-backend-file,id=ram,size={ram_size},mem-path={ram},share=on\",";
+    let private = GOOD.replace(file, "\"-m\", \"{ram_size}\",");
+    for kind in ["auto", "qemu-stream"] {
+        let text = private.replace("ram =", &format!("kind = {kind:?}\nram ="));
+        let vm = Definition::parse("web-1.toml", &text).unwrap();
+        assert!(!vm.has_ram_file());
+        assert_eq!(vm.kind.to_string(), kind);
+    }
+    assert!(
+        Definition::parse("web-1.toml", GOOD)
+            .unwrap()
+            .has_ram_file()
+    );
+}
+
+#[test]
 fn mistakes_are_named_with_their_line_and_a_remedy() {
     for (from, to, line, words) in [
         ("domain =", "domian =", 3, "domian"),
@@ -57,6 +75,12 @@ fn mistakes_are_named_with_their_line_and_a_remedy() {
         ("262136K", "0M", 4, "more than 0"),
         ("/usr/bin/q", "q", 7, "absolute"),
         ("{ram}", "/x", 7, "{ram}"),
+        (
+            "ram = \"262136K\"\n\n[qemu]\nbinary = \"/usr/bin/qemu-system-x86_64\"\nargs = [\n  \"-object\", \"memory-backend-file,id=ram,size={ram_size},mem-path={ram},share=on\",",
+            "kind = \"qemu-direct\"\nram = \"262136K\"\n\n[qemu]\nbinary = \"/usr/bin/qemu-system-x86_64\"\nargs = [",
+            8,
+            "{ram}",
+        ),
         ("\"-serial\"", "\"-incoming\"", 11, "the agent decides"),
         ("\"-serial\"", "\"--S\"", 11, "the agent decides"),
         ("ram = ", "kind = \"vhs\"\nram = ", 4, "qemu-direct"),

@@ -29,7 +29,7 @@ pub enum CarryError {
 
 /// Carries all of `from` to `sink`, until `from` ends where it may. `first` was
 /// read before. `read` hears how many bytes came each time.
-pub(super) fn carry<P, S>(
+pub(in crate::vmm) fn carry<P, S>(
     from: &UnixStream,
     first: &[u8],
     parser: &mut P,

@@ -18,6 +18,8 @@ use crate::types::PAGE_SIZE;
 /// `QEVM`.
 pub const MAGIC: u32 = 0x5145_564d;
 const VERSION: u32 = 3;
+/// First byte of a footer, which follows a section of RAM.
+pub(in crate::vmm) const FOOTER: u8 = kind::FOOTER;
 /// Of the section `ram`.
 const RAM_VERSION: u32 = 4;
 /// Longest name of a machine type.

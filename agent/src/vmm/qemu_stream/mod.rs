@@ -7,7 +7,8 @@
 //! connections apart. None of these does I/O. [`relay`] stands between two
 //! QEMUs on one host, as threads of [`carry`] with a bounded [`queue`] for each
 //! connection. What is done with items between parser and writer is a
-//! [`Route`]; today there is one, [`Identity`], that changes nothing.
+//! [`Route`]; there is one, [`Identity`], that changes nothing. Stream mode
+//! ([`super::stream`]) takes the items of the main connection for itself.
 //!
 //! What is parsed, and what is not, is in `docs/vmm-qemu-stream.md`.
 
@@ -30,15 +31,17 @@ pub mod write;
 #[cfg(test)]
 mod relay_tests;
 #[cfg(test)]
-mod samples;
+pub(in crate::vmm) mod samples;
 #[cfg(test)]
 mod tests;
 
 pub use blocks::{Block, BlockId, Blocks, MAX_BLOCKS};
+pub(in crate::vmm) use carry::carry;
 pub use carry::{CarryError, READ_BYTES};
 pub use cut::Parse;
 pub use error::{Fault, Refusal, StreamError};
 pub use item::{Item, PageHead, Phase, RawFrom, Tally};
+pub(in crate::vmm) use main_channel::FOOTER;
 pub use relay::{ChannelReport, Limits, RelayError, StreamRelay, StreamReport};
 pub use route::{Identity, Route, Sink, SinkError};
 pub use session::{Channel, MAX_MULTIFD};

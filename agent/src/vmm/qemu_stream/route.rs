@@ -29,6 +29,9 @@ pub enum SinkError {
     /// Where its output goes cannot be written to.
     #[error("cannot write")]
     Write(#[from] io::Error),
+    /// What the stream holds is not for this sink.
+    #[error(transparent)]
+    Refused(Box<dyn std::error::Error + Send + Sync>),
     /// Items that no parser makes.
     #[error("items that make no stream")]
     Items(#[from] Fault),

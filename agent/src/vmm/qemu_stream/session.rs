@@ -385,6 +385,7 @@ impl<R: Route> Session<R> {
             },
             SinkError::Write(source) => self.write_error(channel, source),
             SinkError::Items(fault) => self.fault(channel, fault),
+            SinkError::Refused(why) => self.write_error(channel, io::Error::other(why)),
         }
     }
 }

@@ -40,6 +40,8 @@ pub enum MigrationStatus {
     Setup,
     /// Under way.
     Active,
+    /// The guest stands still, and QEMU waits for `migrate-continue`.
+    PreSwitchover,
     /// Sending device state.
     Device,
     /// Done.
@@ -50,7 +52,7 @@ pub enum MigrationStatus {
     Cancelling,
     /// Cancelled.
     Cancelled,
-    /// Any other: `pre-switchover`, `postcopy-active`, `colo`, …
+    /// Any other: `postcopy-active`, `colo`, …
     #[serde(untagged)]
     Other(String),
 }
@@ -145,6 +147,17 @@ impl Qmp {
         Ok(devices.len())
     }
 
+    /// `query-memory-size-summary`: bytes of RAM that is not plugged in.
+    pub async fn base_memory(&self) -> Result<u64, QmpError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "kebab-case")]
+        struct Summary {
+            base_memory: u64,
+        }
+        let asked = self.ask::<Summary>("query-memory-size-summary", Value::Null);
+        Ok(asked.await?.base_memory)
+    }
+
     /// `qom-get`.
     pub async fn qom_get(&self, path: &str, property: &str) -> Result<Value, QmpError> {
         self.execute("qom-get", json!({ "path": path, "property": property }))
@@ -232,6 +245,12 @@ impl Qmp {
             .map(drop)
     }
 
+    /// `migrate-continue`: the switchover that QEMU waits before may begin.
+    pub async fn migrate_continue(&self) -> Result<(), QmpError> {
+        let state = json!({ "state": "pre-switchover" });
+        self.execute("migrate-continue", state).await.map(drop)
+    }
+
     /// `migrate_cancel`: asks for it and returns.
     pub async fn migrate_cancel(&self) -> Result<(), QmpError> {
         self.execute("migrate_cancel", Value::Null).await.map(drop)
@@ -249,12 +268,27 @@ impl Qmp {
         cursor: Cursor,
         limit: Duration,
     ) -> Result<MigrationStatus, QmpError> {
-        self.wait_event(cursor, "the end of the migration", limit, |event| {
+        self.wait_migration(cursor, "the end of the migration", limit, |status| {
+            status.is_over()
+        })
+        .await
+    }
+
+    /// Waits from `cursor` on for a `MIGRATION` event with a status that is
+    /// `wanted`.
+    pub async fn wait_migration(
+        &self,
+        cursor: Cursor,
+        what: &str,
+        limit: Duration,
+        wanted: impl Fn(&MigrationStatus) -> bool,
+    ) -> Result<MigrationStatus, QmpError> {
+        self.wait_event(cursor, what, limit, |event| {
             if event.name != "MIGRATION" {
                 return None;
             }
             let status = MigrationStatus::deserialize(&event.data["status"]).ok()?;
-            status.is_over().then_some(status)
+            wanted(&status).then_some(status)
         })
         .await
     }

@@ -120,15 +120,22 @@ pub fn free_bytes(dir: &Path) -> Result<u64, RamError> {
             .ok()
             .map(|pages| pages.saturating_mul(kib * 1024))
     } else if fs.filesystem_type() == TMPFS_MAGIC {
-        let path = Path::new("/proc/meminfo");
-        let text = std::fs::read_to_string(path).map_err(RamError::file("reading", path))?;
-        let kib = |key| {
-            crate::vmm::process::status_value(&text, key)
-                .and_then(|v| v.trim_end_matches("kB").trim().parse::<u64>().ok())
-        };
-        Some((kib("MemAvailable").unwrap_or(0) + kib("SwapFree").unwrap_or(0)) * 1024)
+        Some(free_memory()?)
     } else {
         None
     };
     Ok(limited.unwrap_or(u64::MAX).min(pool.unwrap_or(u64::MAX)))
+}
+
+/// Bytes of memory and swap that the host can still give.
+pub fn free_memory() -> Result<u64, RamError> {
+    let path = Path::new("/proc/meminfo");
+    let text = std::fs::read_to_string(path).map_err(RamError::file("reading", path))?;
+    let kib = |key| crate::vmm::process::status_value(&text, key).and_then(parse_kib);
+    Ok((kib("MemAvailable").unwrap_or(0) + kib("SwapFree").unwrap_or(0)) * 1024)
+}
+
+/// The number of KiB in `1234 kB`, as files of procfs have them.
+pub fn parse_kib(value: &str) -> Option<u64> {
+    value.trim_end_matches("kB").trim().parse().ok()
 }
