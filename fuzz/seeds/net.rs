@@ -14,7 +14,8 @@ use drover::net::rpc::Envelope;
 use drover::net::{Hello, Kind};
 use drover::pace::report::{Load, LoadReport};
 use drover::types::{Fingerprint, HolderId, PAGE_SIZE};
-use drover::vmm::preflight::DirectFacts;
+use drover::vmm::kinds::VmFacts;
+use drover::vmm::preflight::QemuFacts;
 use drover::vmm::qmp::Version;
 use serde::Serialize;
 
@@ -65,7 +66,7 @@ fn framed(envelopes: &[Envelope<'_>]) -> Vec<u8> {
 
 fn facts() -> SourceFacts {
     SourceFacts {
-        direct: DirectFacts {
+        vmm: VmFacts::QemuDirect(QemuFacts {
             name: "web1".to_owned(),
             ram_bytes: 2 << 30,
             backend: "ram".to_owned(),
@@ -78,7 +79,7 @@ fn facts() -> SourceFacts {
             kvm: true,
             state_ram_bytes: 16 << 20,
             running: true,
-        },
+        }),
         data_bytes: 300 << 20,
         definition: "name = \"web1\"\n".to_owned(),
     }

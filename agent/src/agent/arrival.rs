@@ -10,10 +10,10 @@ use crate::gang::message::Digest;
 use crate::gang::target::TargetGang;
 use crate::gang::verify::full_digest;
 use crate::types::{GangId, VmIndex};
+use crate::vmm::PageSink;
 use crate::vmm::definition::{Definition, VmPaths};
-use crate::vmm::direct::TargetVm;
+use crate::vmm::kinds::TargetVm;
 use crate::vmm::launch::{Vmm, has_leftover};
-use crate::vmm::ram::GuestRam;
 use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -76,7 +76,7 @@ pub(super) struct Pages {
     pub(super) side: Arc<TargetGang>,
     pub(super) index: VmIndex,
     pub(super) placed: Arc<Placed>,
-    pub(super) ram: Arc<GuestRam>,
+    pub(super) ram: Arc<dyn PageSink>,
     pub(super) key: Arc<FingerprintKey>,
 }
 
@@ -273,14 +273,14 @@ fn words(state: Target) -> &'static str {
 pub(super) struct Check {
     name: String,
     pub(super) placed: Arc<Placed>,
-    pub(super) ram: Arc<GuestRam>,
+    pub(super) ram: Arc<dyn PageSink>,
     pub(super) key: Arc<FingerprintKey>,
 }
 
 impl Check {
     /// Fingerprints all of guest RAM anew and compares with `digest`.
     pub(super) fn reread(&self, digest: &Digest) -> bool {
-        match full_digest(&self.ram, &self.key) {
+        match full_digest(&*self.ram, &self.key) {
             Ok(again) => again == *digest,
             Err(error) => {
                 tracing::error!(vm = %self.name, %error, "guest RAM cannot be read again");

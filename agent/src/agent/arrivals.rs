@@ -16,7 +16,7 @@ use crate::gang::target::TargetGang;
 use crate::net::Incoming;
 use crate::types::VmIndex;
 use crate::vmm::definition::{Definition, VmPaths};
-use crate::vmm::direct::TargetVm;
+use crate::vmm::kinds::TargetVm;
 use crate::vmm::ram::free_bytes;
 use crate::vmm::relay::relay;
 use std::os::unix::fs::MetadataExt;
@@ -72,13 +72,13 @@ impl Agent {
             .map_err(|e| chain(&e))?;
         let free = free_bytes(&self.config.ram_dir).map_err(|e| chain(&e))?;
         let promised = self.promised_bytes();
-        if facts.direct.ram_bytes > free.saturating_sub(promised) {
+        if facts.vmm.ram_bytes() > free.saturating_sub(promised) {
             return Err(format!(
                 "no room for VM {name} on {}: it has {} MiB of RAM; {} has {} MiB free, {} MiB of \
                  them promised to other VMs of running gangs. Free memory there or plan another \
                  target",
                 self.name(),
-                facts.direct.ram_bytes >> 20,
+                facts.vmm.ram_bytes() >> 20,
                 self.config.ram_dir.display(),
                 free >> 20,
                 promised >> 20
@@ -186,11 +186,11 @@ impl Agent {
         let plan = gang.spec.vm(index).ok_or("no such VM")?;
         self.moments.reach(Moment::Preparing, &plan.name).await;
         let host = &self.config.placeholders;
-        let waiting = TargetVm::prepare(&definition, &files, host, &facts.direct)
+        let waiting = TargetVm::prepare(&definition, &files, host, &facts.vmm)
             .await
             .map_err(|e| chain(&e))?;
         let key = Arc::new(FingerprintKey::derive(&self.secret, &definition.domain));
-        let ram = waiting.ram().clone();
+        let ram = waiting.ram();
         let placed = side
             .add_vm(index, ram.clone(), key.clone())
             .map_err(|e| chain(&e))?;
@@ -271,14 +271,13 @@ impl Agent {
         arrival.heard();
         let mut vm = arrival.take_waiting()?;
         let listening = vm.listen(&arrival.socket).await.map_err(|e| chain(&e));
+        let ram = vm.ram().place();
         arrival.hold(Held::Waiting(vm));
         listening?;
         self.moments
             .reach(Moment::DeviceExpected, &arrival.name)
             .await;
-        Ok(GangResponse::DeviceExpected {
-            ram: arrival.files.ram.display().to_string(),
-        })
+        Ok(GangResponse::DeviceExpected { ram })
     }
 
     /// Waits until the VMM has all device state. Once this has said so, this

@@ -23,9 +23,8 @@ use crate::lane::{self, Connector, EncodeConfig, LaneSetConfig, LaneStream};
 use crate::net::{Kind, connect};
 use crate::pace::policy::Then;
 use crate::types::{Class, GangId, VmIndex};
-use crate::vmm::DirectSource;
-use crate::vmm::direct::SourceVm;
-use crate::vmm::ram::GuestRam;
+use crate::vmm::PageRead;
+use crate::vmm::kinds::{Pages, SourceVm};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
@@ -73,12 +72,13 @@ impl Agent {
         }
         self.journal.check().map_err(|e| e.to_string())?;
         self.settle_landing(name).await?;
-        let source = SourceVm::open(vm.vmm.clone())
+        let source = SourceVm::open(vm.vmm.clone(), vm.definition.kind)
             .await
             .map_err(|e| chain(&e))?;
-        let data_bytes = data_bytes(source.ram()).map_err(|e| format!("RAM of VM {name}: {e}"))?;
+        let data_bytes =
+            data_bytes(&*source.ram()).map_err(|e| format!("RAM of VM {name}: {e}"))?;
         Ok(SourceFacts {
-            direct: source.facts().clone(),
+            vmm: source.facts(),
             data_bytes,
             definition: vm.definition.text.clone(),
         })
@@ -196,7 +196,7 @@ impl Agent {
     ) -> Result<(), String> {
         let (name, target) = (care.vm.clone(), care.peer.clone());
         self.pacer.announce(Class::Precopy);
-        let source = SourceVm::open(vm.vmm.clone())
+        let source = SourceVm::open(vm.vmm.clone(), vm.definition.kind)
             .await
             .map_err(|e| chain(&e))?;
         let flight = Flight::new(index, &name, &target, source.ram().pages());
@@ -230,27 +230,23 @@ impl Agent {
             watcher: live.clone(),
             why: String::new(),
         };
-        // The guest is stopped for a moment while its RAM is protected: whoever
-        // finds it so is to let it run.
+        // The guest may be stopped for a moment: whoever finds it so is to let
+        // it run.
         let runs = source.is_running().await.map_err(|e| chain(&e))?;
         leaving.moving(runs).await?;
         self.moments.reach(Moment::JournalMoving, &name).await;
-        let (log, quiesced) = source.start_log().await.map_err(|e| chain(&e))?;
+        let pages = source.start().await.map_err(|e| chain(&e))?;
         leaving.moving(false).await?;
-        tracing::info!(vm = %name, %target, stopped_us = quiesced.stopped.as_micros() as u64,
-            "RAM is protected, pre-copy begins");
-        let pages = DirectSource::new(source.ram().clone(), log);
-        let scan = Scan::new(
-            flight.clone(),
-            self.precopy_rules(gang),
-            pages,
-            stager,
-            orders,
-            tell,
-        );
+        tracing::info!(vm = %name, %target, kind = %source.facts().kind(), "pre-copy begins");
+        let (flight_of_scan, rules) = (flight.clone(), self.precopy_rules(gang));
+        let scan = move || match pages {
+            Pages::Direct(pages) => {
+                Scan::new(flight_of_scan, rules, pages, stager, orders, tell).run();
+            }
+        };
         std::thread::Builder::new()
             .name(format!("scan-{name}"))
-            .spawn(move || scan.run())
+            .spawn(scan)
             .map_err(|e| format!("VM {name}: no scan thread: {e}"))?;
         let (turn, wait_for_turn) = watch::channel(false);
         let departure = Departure {
@@ -350,11 +346,8 @@ fn open_lane(
     })
 }
 
-fn data_bytes(ram: &GuestRam) -> io::Result<u64> {
-    let mut pages = 0;
-    for run in ram.data_extents(crate::types::Gfn(0)) {
-        let run = run?;
-        pages += u64::from(run.end.0 - run.start.0);
-    }
+fn data_bytes(ram: &dyn PageRead) -> io::Result<u64> {
+    let runs = ram.data_runs()?;
+    let pages: u64 = runs.iter().map(|r| u64::from(r.end.0 - r.start.0)).sum();
     Ok(pages * crate::types::PAGE_SIZE as u64)
 }

@@ -17,7 +17,7 @@ use crate::gang::journal::{Record, Side, Step};
 use crate::gang::message::{GangRequest, GangResponse};
 use crate::gang::moments::Moment;
 use crate::types::GangId;
-use crate::vmm::direct::resume_arrived;
+use crate::vmm::kinds::resume_arrived;
 use crate::vmm::launch::{Vmm, end_leftovers, remove_files};
 use std::rc::Rc;
 use std::time::{Duration, Instant};

@@ -129,7 +129,7 @@ impl Agent {
             Some(_) if self.is_in_doubt(&vm.definition.name) => "in doubt".to_owned(),
             Some(_) => "migrating".to_owned(),
             None if !vm.vmm.process.is_alive() => "dead".to_owned(),
-            None => match vm.vmm.qmp.status().await {
+            None => match vm.vmm.status().await {
                 Ok(state) => format!("{state:?}").to_lowercase(),
                 Err(_) => "unreachable".to_owned(),
             },
@@ -153,7 +153,7 @@ impl Agent {
             pages_scanned: vm.pages_scanned + scanned,
             dirty_bytes_per_s: rate.or(vm.dirty_bytes_per_s),
             pid: vm.vmm.process.pid() as u32,
-            qmp: vm.vmm.qmp.path().to_owned(),
+            qmp: vm.vmm.socket().to_owned(),
             domain: vm.definition.domain.clone(),
         }
     }

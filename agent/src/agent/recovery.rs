@@ -201,7 +201,7 @@ async fn find_vmm(name: &str, files: &VmPaths) -> (Held, Copy) {
             false => (Held::Nothing, Copy::None),
         };
     };
-    let copy = match vmm.qmp.status().await {
+    let copy = match vmm.status().await {
         Ok(RunState::Inmigrate) => Copy::Incoming,
         Ok(RunState::Running) => Copy::Running,
         _ => Copy::Stopped,

@@ -224,7 +224,7 @@ impl Registry {
                 continue;
             };
             match Vmm::adopt(&name, &files.qmp(), None).await {
-                Ok(vmm) if matches!(vmm.qmp.status().await, Ok(RunState::Inmigrate)) => {
+                Ok(vmm) if matches!(vmm.status().await, Ok(RunState::Inmigrate)) => {
                     match vmm.end().await {
                         Ok(()) => {
                             remove_files(&files);

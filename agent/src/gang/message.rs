@@ -8,7 +8,7 @@ pub use super::progress::{LostAgent, StopTimes};
 
 use super::handover::machine::{Whose, Word};
 use crate::types::{GangId, HolderId, VmIndex};
-use crate::vmm::preflight::DirectFacts;
+use crate::vmm::kinds::VmFacts;
 use serde::{Deserialize, Serialize};
 
 /// How page contents are compressed on the core link.
@@ -171,7 +171,7 @@ fn index((i, vm): (usize, &GangVm)) -> (VmIndex, &GangVm) {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourceFacts {
     /// What the VMM and its RAM are like.
-    pub direct: DirectFacts,
+    pub vmm: VmFacts,
     /// Bytes of guest RAM that hold data (the rest was never touched).
     pub data_bytes: u64,
     /// The VM's definition, as TOML.

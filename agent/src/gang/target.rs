@@ -18,7 +18,7 @@ use crate::lane::{BatchSink, DecodedBatch, LaneReceiver, Placement, ReceiverStat
 use crate::net::listener::ConnectionPermit;
 use crate::net::rack::{self, FetchClient, Wanted};
 use crate::types::{Fingerprint, GangId, Gfn, HolderId, Page, VmIndex};
-use crate::vmm::ram::GuestRam;
+use crate::vmm::PageSink;
 use ahash::AHashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -77,14 +77,14 @@ impl OpenLane {
 /// A target VM's memory as `dedup` sees it. Placing pages can fail (tmpfs is
 /// full): then the VM must not run here, whatever the fingerprints say.
 struct Memory {
-    ram: Arc<GuestRam>,
+    ram: Arc<dyn PageSink>,
     failed: Arc<OnceLock<String>>,
 }
 
 impl Memory {
     fn failed(&self, gfn: Gfn, doing: &str, error: &std::io::Error) {
-        let path = self.ram.path().display();
-        let why = format!("{doing} {gfn} of {path} failed: {error}; is the memory used up?");
+        let place = self.ram.place();
+        let why = format!("{doing} {gfn} of {place} failed: {error}; is the memory used up?");
         if self.failed.set(why.clone()).is_ok() {
             tracing::error!(%why, "VM cannot be received");
         }
@@ -93,12 +93,12 @@ impl Memory {
 
 impl PageMemory for Memory {
     fn write(&self, gfn: Gfn, page: &Page) {
-        if let Err(error) = self.ram.write_page(gfn, page) {
+        if let Err(error) = self.ram.write_run(gfn, page) {
             self.failed(gfn, "writing", &error);
         }
     }
     fn read(&self, gfn: Gfn, page: &mut Page) {
-        if let Err(error) = self.ram.read_page(gfn, page) {
+        if let Err(error) = self.ram.read_run(gfn, page) {
             // Whoever asked finds the wrong fingerprint.
             page.fill(0xff);
             self.failed(gfn, "reading", &error);
@@ -137,11 +137,11 @@ impl TargetGang {
         })
     }
 
-    /// Takes in a VM whose RAM file is fresh: all holes.
+    /// Takes in a VM whose RAM is fresh: all zero.
     pub fn add_vm(
         &self,
         vm: VmIndex,
-        ram: Arc<GuestRam>,
+        ram: Arc<dyn PageSink>,
         key: Arc<FingerprintKey>,
     ) -> Result<Arc<TargetVm>, AddVmError> {
         let pages = ram.pages();

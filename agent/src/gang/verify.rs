@@ -4,18 +4,17 @@ use super::message::Digest;
 use crate::dedup::fingerprint::FingerprintKey;
 use crate::dedup::table::FingerprintArray;
 use crate::types::{Gfn, PAGE_SIZE};
-use crate::vmm::ram::GuestRam;
+use crate::vmm::PageRead;
 use std::io;
 
-/// Digest over the fingerprints of all of guest RAM, read now. Holes are zero
-/// pages and not read.
-pub fn full_digest(ram: &GuestRam, key: &FingerprintKey) -> io::Result<Digest> {
+/// Digest over the fingerprints of all of guest RAM, read now. Pages
+/// that were never touched are zero and not read.
+pub fn full_digest(ram: &dyn PageRead, key: &FingerprintKey) -> io::Result<Digest> {
     let fps = FingerprintArray::new(ram.pages());
     let mut page = [0; PAGE_SIZE];
-    for run in ram.data_extents(Gfn(0)) {
-        let run = run?;
+    for run in ram.data_runs()? {
         for gfn in (run.start.0..run.end.0).map(Gfn) {
-            ram.read_page(gfn, &mut page)?;
+            ram.read_run(gfn, &mut page)?;
             fps.set(gfn, key.fingerprint(&page));
         }
     }

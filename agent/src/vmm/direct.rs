@@ -22,13 +22,15 @@ pub use error::DirectError;
 use super::definition::{Definition, VmPaths};
 use super::dirty::{DirtyLog, ScanStats};
 use super::launch::{Launched, Role, Vmm, blocking, remove_files};
-use super::preflight::{DirectFacts, check_source, check_target};
+use super::preflight::{QemuFacts, check_source, check_target};
 use super::qmp::{Cursor, MigrationStatus, QmpError, RunState};
 use super::ram::{GuestRam, RamLayout};
+use super::relay::{OfferedSocket, relay};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::io::{AsyncRead, AsyncWrite};
 
 fn qmp_error(vmm: &Vmm, doing: &'static str) -> impl FnOnce(QmpError) -> DirectError {
     let (vm, tail) = (vmm.name.clone(), vmm.log_tail());
@@ -58,7 +60,7 @@ pub struct Quiesced {
 #[derive(Debug)]
 pub struct SourceVm {
     vmm: Vmm,
-    facts: DirectFacts,
+    facts: QemuFacts,
     layout: Arc<RamLayout>,
     ram: Arc<GuestRam>,
 }
@@ -86,7 +88,7 @@ impl SourceVm {
         &self.vmm
     }
     /// What the target has to know.
-    pub fn facts(&self) -> &DirectFacts {
+    pub fn facts(&self) -> &QemuFacts {
         &self.facts
     }
     /// Guest RAM, read-only.
@@ -154,14 +156,37 @@ impl SourceVm {
         stop_if_running(&self.vmm).await
     }
 
-    /// Sends the device state to the Unix socket `socket`, where somebody has
-    /// to listen, and waits until the *target* has said that it has all of it.
-    /// The guest must be paused and its last pages must be in place (or on
-    /// their way to it; nothing of guest RAM goes through the socket).
+    /// Sends the device state to `target`, through a Unix socket made at
+    /// `socket`, and waits until the *target's* VMM has said that it has all of
+    /// it. The guest must be paused and its last pages must be in place;
+    /// nothing of guest RAM goes through the socket.
     ///
     /// On success the VMM stands still for good: the target owns the VM as
     /// soon as the journal says so. On failure, [`Self::roll_back`].
-    pub async fn state_out(&self, socket: &Path, limit: Duration) -> Result<(), DirectError> {
+    pub async fn state_out(
+        &self,
+        socket: &Path,
+        target: impl AsyncRead + AsyncWrite,
+        limit: Duration,
+    ) -> Result<(), DirectError> {
+        let relayed = |source| DirectError::Relay {
+            vm: self.vmm.name.clone(),
+            source,
+        };
+        let offered = OfferedSocket::bind(socket).map_err(|source| DirectError::Socket {
+            vm: self.vmm.name.clone(),
+            path: socket.to_owned(),
+            source,
+        })?;
+        let relaying = async {
+            let source = offered.accept(limit).await.map_err(relayed)?;
+            relay(source, target, limit).await.map_err(relayed)
+        };
+        tokio::try_join!(relaying, self.push_state(socket, limit)).map(drop)
+    }
+
+    /// Sends the device state to the Unix socket `socket`, where somebody listens.
+    pub async fn push_state(&self, socket: &Path, limit: Duration) -> Result<(), DirectError> {
         let vmm = &self.vmm;
         let qmp = &vmm.qmp;
         let fail = |doing| qmp_error(vmm, doing);
@@ -319,7 +344,7 @@ impl TargetVm {
         definition: &Definition,
         paths: &VmPaths,
         host: &BTreeMap<String, String>,
-        facts: &DirectFacts,
+        facts: &QemuFacts,
     ) -> Result<TargetVm, DirectError> {
         super::preflight::check_definition(facts, definition)?;
         let launched = Launched::start(definition, paths, host, Role::Incoming).await?;

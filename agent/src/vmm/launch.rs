@@ -5,7 +5,7 @@
 
 use super::definition::{Definition, DefinitionError, VmPaths};
 use super::process::{ProcessError, VmProcess};
-use super::qmp::{Qmp, QmpError};
+use super::qmp::{Qmp, QmpError, RunState};
 use super::ram::{RamError, RamFile};
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
@@ -159,6 +159,16 @@ impl Vmm {
             qmp,
             log: None,
         })
+    }
+
+    /// What the VMM says of its guest.
+    pub async fn status(&self) -> Result<RunState, QmpError> {
+        self.qmp.status().await
+    }
+
+    /// The socket by which it is driven.
+    pub fn socket(&self) -> &Path {
+        self.qmp.path()
     }
 
     /// The end of what QEMU has logged, for errors.

@@ -7,7 +7,8 @@
 //! the kernel, [`dirty`] makes the dirty log of them; [`ram`] reads and places
 //! pages; [`definition`] and [`launch`] start VMMs, [`qmp`] drives them,
 //! [`preflight`] refuses what cannot work, [`relay`] carries device state.
-//! Other kinds of VM implement [`PageSource`] and [`PageSink`] as well.
+//! Other kinds of VM implement [`PageSource`] and [`PageSink`] as well; [`kinds`]
+//! is where they differ.
 //!
 //! [`qemu_stream`] reads and relays QEMU's own migration stream, the beginning of
 //! *stream mode*; no migration of a gang goes through it yet.
@@ -16,6 +17,7 @@ pub mod definition;
 pub mod direct;
 pub mod dirty;
 pub mod inject;
+pub mod kinds;
 pub mod launch;
 pub mod maps;
 pub mod pagemap;
@@ -31,4 +33,4 @@ pub mod uffd;
 mod source;
 
 pub use pageset::PageSet;
-pub use source::{DirectSource, DirectSourceError, PageSink, PageSource};
+pub use source::{DirectSource, DirectSourceError, PageRead, PageSink, PageSource};

@@ -28,7 +28,7 @@ pub const MAX_STATE_RAM: u64 = 256 << 20;
 /// What the source knows of a VM that direct mode can move; travels to the
 /// target, which checks its side against it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DirectFacts {
+pub struct QemuFacts {
     /// The VM's name.
     pub name: String,
     /// Bytes of guest RAM.
@@ -58,7 +58,7 @@ const CONFLICTING: [&str; 5] = [
 ];
 
 /// Checks a VM that is to be moved from here. Changes nothing.
-pub async fn check_source(vmm: &Vmm) -> Result<(DirectFacts, RamLayout), PreflightError> {
+pub async fn check_source(vmm: &Vmm) -> Result<(QemuFacts, RamLayout), PreflightError> {
     let vm = &vmm.name;
     let qmp = &vmm.qmp;
     let asked = |source| PreflightError::Qmp {
@@ -101,7 +101,7 @@ pub async fn check_source(vmm: &Vmm) -> Result<(DirectFacts, RamLayout), Preflig
             status,
         });
     }
-    let facts = DirectFacts {
+    let facts = QemuFacts {
         name: vm.clone(),
         ram_bytes: layout.len,
         machine,
@@ -116,7 +116,7 @@ pub async fn check_source(vmm: &Vmm) -> Result<(DirectFacts, RamLayout), Preflig
 
 /// Checks a VMM that waits for the VM of `facts`. QEMU itself would accept a
 /// target with `share=off` and lose all RAM.
-pub async fn check_target(vmm: &Vmm, facts: &DirectFacts) -> Result<RamLayout, PreflightError> {
+pub async fn check_target(vmm: &Vmm, facts: &QemuFacts) -> Result<RamLayout, PreflightError> {
     let vm = &vmm.name;
     let qmp = &vmm.qmp;
     let asked = |source| PreflightError::Qmp {
@@ -168,10 +168,7 @@ pub async fn check_target(vmm: &Vmm, facts: &DirectFacts) -> Result<RamLayout, P
 }
 
 /// Checks that a definition fits the running VM it is to describe.
-pub fn check_definition(
-    facts: &DirectFacts,
-    definition: &Definition,
-) -> Result<(), PreflightError> {
+pub fn check_definition(facts: &QemuFacts, definition: &Definition) -> Result<(), PreflightError> {
     if definition.ram_bytes == facts.ram_bytes {
         return Ok(());
     }

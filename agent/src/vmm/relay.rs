@@ -1,10 +1,14 @@
 //! Carrying the device state between two sockets, unread.
 
+use std::fs;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 
 /// Bytes carried each way.
@@ -37,6 +41,40 @@ pub enum RelayError {
         /// How long.
         limit: Duration,
     },
+}
+
+/// A socket that a VMM on this host is to connect to; its file goes with it.
+#[derive(Debug)]
+pub struct OfferedSocket {
+    path: PathBuf,
+    listener: UnixListener,
+}
+
+impl OfferedSocket {
+    /// Listens at `path`, in place of what an earlier run may have left there.
+    pub fn bind(path: &Path) -> io::Result<OfferedSocket> {
+        let _stale = fs::remove_file(path);
+        let listener = UnixListener::bind(path)?;
+        let path = path.to_owned();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+        Ok(OfferedSocket { path, listener })
+    }
+
+    /// Waits for the VMM.
+    pub async fn accept(&self, limit: Duration) -> Result<UnixStream, RelayError> {
+        let done = RelayStats::default();
+        match timeout(limit, self.listener.accept()).await {
+            Ok(Ok((stream, _))) => Ok(stream),
+            Ok(Err(source)) => Err(RelayError::Io { done, source }),
+            Err(_) => Err(RelayError::Stalled { done, limit }),
+        }
+    }
+}
+
+impl Drop for OfferedSocket {
+    fn drop(&mut self) {
+        let _gone_already = fs::remove_file(&self.path);
+    }
 }
 
 /// Carries bytes both ways between `a` and `b` until both have ended. The end
@@ -107,7 +145,6 @@ async fn one_way(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::net::UnixStream;
 
     const LIMIT: Duration = Duration::from_secs(5);
 

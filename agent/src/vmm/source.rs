@@ -37,26 +37,46 @@ pub trait PageSource: Send {
     fn read_run(&self, start: Gfn, out: &mut [u8]) -> io::Result<()>;
 }
 
-/// Where the pages of a VM that arrives go. Shared by lane threads; all calls
-/// block shortly. Failures (no memory left) are the VM's, not the agent's.
-pub trait PageSink: Send + Sync {
+/// The RAM of a VM as it is now, on either side. Shared by threads; all calls
+/// block shortly.
+pub trait PageRead: Send + Sync {
     /// Number of pages; gfns run from 0 to this.
     fn pages(&self) -> u32;
     /// Copies `out.len() / 4096` pages out, from `start` on.
     fn read_run(&self, start: Gfn, out: &mut [u8]) -> io::Result<()>;
+    /// The runs of pages that may hold something, by rising gfn. The others are
+    /// zero, and nothing was read to know it.
+    fn data_runs(&self) -> io::Result<Vec<Range<Gfn>>>;
+    /// Where it is, for messages and tests: the path of a file, or
+    /// `/proc/PID/mem@ADDRESS+BYTES`.
+    fn place(&self) -> String;
+}
+
+/// Where the pages of a VM that arrives go. Failures (no memory left) are the
+/// VM's, not the agent's.
+pub trait PageSink: PageRead {
     /// Places `data.len() / 4096` pages, from `start` on.
     fn write_run(&self, start: Gfn, data: &[u8]) -> io::Result<()>;
     /// Makes a run of pages zero.
     fn zero_run(&self, run: Range<Gfn>) -> io::Result<()>;
 }
 
-impl PageSink for GuestRam {
+impl PageRead for GuestRam {
     fn pages(&self) -> u32 {
         GuestRam::pages(self)
     }
     fn read_run(&self, start: Gfn, out: &mut [u8]) -> io::Result<()> {
         GuestRam::read_run(self, start, out)
     }
+    fn data_runs(&self) -> io::Result<Vec<Range<Gfn>>> {
+        self.data_extents(Gfn(0)).collect()
+    }
+    fn place(&self) -> String {
+        self.path().display().to_string()
+    }
+}
+
+impl PageSink for GuestRam {
     fn write_run(&self, start: Gfn, data: &[u8]) -> io::Result<()> {
         GuestRam::write_run(self, start, data)
     }

@@ -113,7 +113,7 @@ fn moves_while_it_reads(aio: &str) {
         let (near, far) = (a.dir.join("near.sock"), b.dir.join("far.sock"));
         target.listen(&far).await.unwrap();
         let carrying = relaying(&near, far);
-        source.state_out(&near, LIMIT).await.unwrap();
+        source.push_state(&near, LIMIT).await.unwrap();
         target.wait_arrived(LIMIT).await.unwrap();
         carrying.await.unwrap().unwrap();
         target.resume().await.unwrap();

@@ -146,7 +146,7 @@ impl Move {
         let (near, far) = (self.a.dir.join("near.sock"), self.b.dir.join("far.sock"));
         self.target.listen(&far).await.unwrap();
         let carrying = relaying(&near, far.clone());
-        self.source.state_out(&near, LIMIT).await.unwrap();
+        self.source.push_state(&near, LIMIT).await.unwrap();
         self.target.wait_arrived(LIMIT).await.unwrap();
         let carried = carrying.await.unwrap().unwrap();
         println!(
@@ -370,7 +370,7 @@ fn a_target_that_dies_leaves_the_source_running() {
             }
             swallowed
         });
-        let error = this.source.state_out(&near, LIMIT).await.unwrap_err();
+        let error = this.source.push_state(&near, LIMIT).await.unwrap_err();
         assert!(
             matches!(
                 &error,
@@ -436,7 +436,7 @@ fn even_a_completed_source_can_be_rolled_back() {
         let (near, far) = (this.a.dir.join("near.sock"), this.b.dir.join("far.sock"));
         this.target.listen(&far).await.unwrap();
         let carrying = relaying(&near, far);
-        this.source.state_out(&near, LIMIT).await.unwrap();
+        this.source.push_state(&near, LIMIT).await.unwrap();
         this.target.wait_arrived(LIMIT).await.unwrap();
         carrying.await.unwrap().unwrap();
         this.target.abort().await;
@@ -476,7 +476,7 @@ fn a_vm_that_arrived_can_leave_again() {
         let (near, far) = (b.dir.join("near.sock"), a.dir.join("far.sock"));
         target.listen(&far).await.unwrap();
         let carrying = relaying(&near, far.clone());
-        source.state_out(&near, LIMIT).await.unwrap();
+        source.push_state(&near, LIMIT).await.unwrap();
         target.wait_arrived(LIMIT).await.unwrap();
         carrying.await.unwrap().unwrap();
         target.resume().await.unwrap();

@@ -5,7 +5,7 @@ use crate::harness::*;
 use drover::vmm::definition::Definition;
 use drover::vmm::direct::{DirectError, SourceVm, TargetVm};
 use drover::vmm::launch::{LaunchError, Launched, Role};
-use drover::vmm::preflight::{DirectFacts, PreflightError};
+use drover::vmm::preflight::{PreflightError, QemuFacts};
 use drover::vmm::ram::RamError;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -157,7 +157,7 @@ fn a_capability_that_does_not_go_together() {
     });
 }
 
-async fn target(host: &Host, definition: &Definition, facts: &DirectFacts) -> DirectError {
+async fn target(host: &Host, definition: &Definition, facts: &QemuFacts) -> DirectError {
     TargetVm::prepare(definition, &host.paths("vm"), &host.placeholders(), facts)
         .await
         .unwrap_err()
@@ -201,7 +201,7 @@ fn targets_that_do_not_fit_are_refused_and_gone() {
         );
         b.assert_empty();
 
-        let newer = DirectFacts {
+        let newer = QemuFacts {
             version: drover::vmm::qmp::Version {
                 major: 99,
                 ..facts.version

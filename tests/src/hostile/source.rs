@@ -9,6 +9,7 @@ use drover::lane::Reference;
 use drover::net::rack::{ClaimAnswer, ClaimOp, ClaimOutcome, RackService};
 use drover::net::rpc::{RpcClient, RpcLimits};
 use drover::types::{Fingerprint, Gfn, HolderId, VmIndex};
+use drover::vmm::kinds::VmFacts;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
@@ -55,7 +56,8 @@ pub async fn borrowed_facts(
     let GangResponse::Source(mut facts) = ask(identity, host, &request).await? else {
         bail!("{host} says nothing of {theirs}");
     };
-    facts.direct.name = vm.to_owned();
+    let VmFacts::QemuDirect(known) = &mut facts.vmm;
+    known.name = vm.to_owned();
     let quoted = |name: &str| format!("name = {name:?}");
     facts.definition = facts.definition.replace(&quoted(theirs), &quoted(vm));
     Ok(facts)

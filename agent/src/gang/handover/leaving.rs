@@ -16,7 +16,7 @@ use crate::gang::journal::{Journal, Record, Step};
 use crate::gang::message::{GangRequest, GangResponse};
 use crate::gang::moments::{Moment, Moments};
 use crate::vmm::definition::VmPaths;
-use crate::vmm::direct::roll_back;
+use crate::vmm::kinds::roll_back;
 use crate::vmm::launch::{Vmm, remove_files};
 use std::rc::Rc;
 use std::time::{Duration, Instant};

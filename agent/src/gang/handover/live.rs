@@ -44,11 +44,10 @@ impl Live {
         })
     }
 
-    /// The guest is about to be stopped.
-    pub(super) fn begin_stop(&self) {
-        let now = Some(Instant::now());
-        self.stopped.set(now);
-        self.lap.set(now);
+    /// The guest stands still, since `begun`.
+    pub(super) fn stopped_since(&self, begun: Instant) {
+        self.stopped.set(Some(begun));
+        self.lap.set(Some(begun));
     }
 
     /// A part of the stop is over; `part` is where its time belongs.

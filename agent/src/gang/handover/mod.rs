@@ -37,8 +37,7 @@ use crate::gang::scan::{Command, Step};
 use crate::gang::verify::full_digest;
 use crate::net::{Kind, Roster, connect};
 use crate::types::VmIndex;
-use crate::vmm::direct::SourceVm;
-use crate::vmm::relay::relay;
+use crate::vmm::kinds::SourceVm;
 use leaving::Leaving;
 pub use live::Live;
 use machine::{RunsOn, Source, SourceEvent};
@@ -47,7 +46,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
-use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 
 /// How long the target may take to settle outstanding references.
@@ -109,6 +107,7 @@ impl<C: Caller> Handover<C> {
         let event = match self.until_loaded().await {
             Ok(()) => SourceEvent::Loaded,
             Err(why) => {
+                self.source.break_off();
                 self.leaving.care.because(&why);
                 self.leaving.why = why;
                 SourceEvent::Failed
@@ -123,6 +122,15 @@ impl<C: Caller> Handover<C> {
         self.reach(Moment::Precopy).await;
         self.wait_for_turn().await?;
         self.reach(Moment::Switch).await;
+        // A guest that may stop at any moment from here on stands still only
+        // for what has to be done then.
+        let mut device = None;
+        if self.source.stops_by_itself() {
+            self.may_be_stopped().await?;
+            device = Some(self.prepare_device().await?);
+        }
+        let begun = self.source.begin(&self.socket).await;
+        begun.map_err(|e| chain(&e))?;
         self.commands
             .send(Command::Switch)
             .map_err(|_| self.thread_gone())?;
@@ -130,12 +138,18 @@ impl<C: Caller> Handover<C> {
             Step::Barrier => {}
             other => return Err(self.out_of_step(&other)),
         }
-        let device = self.prepare_device().await?;
-        let runs = self.source.is_running().await.map_err(|e| chain(&e))?;
-        // Whoever finds the guest stopped from here on is to let it run.
-        self.leaving.moving(runs).await?;
-        self.live.begin_stop();
+        let device = match device {
+            Some(device) => device,
+            None => {
+                let device = self.prepare_device().await?;
+                self.may_be_stopped().await?;
+                device
+            }
+        };
+        let pausing = Instant::now();
         self.leaving.record.run = self.source.pause().await.map_err(|e| chain(&e))?;
+        self.live
+            .stopped_since(self.source.stopped_at().unwrap_or(pausing));
         self.live.lap(|stop| &mut stop.pause_ms);
         self.reach(Moment::Paused).await;
         // What that leaves out, the target never gets.
@@ -154,6 +168,13 @@ impl<C: Caller> Handover<C> {
             true => Err("cancelled".into()),
             false => Ok(()),
         }
+    }
+
+    /// Makes durable that whoever finds the guest stopped is to let it run, if
+    /// it runs now.
+    async fn may_be_stopped(&mut self) -> Result<(), String> {
+        let runs = self.source.is_running().await.map_err(|e| chain(&e))?;
+        self.leaving.moving(runs).await
     }
 
     async fn cancelled(&self) {
@@ -272,8 +293,8 @@ impl<C: Caller> Handover<C> {
 
     /// `--verify full` on this side: what RAM holds now is what was sent.
     async fn reread(&self, sent: [u8; 16]) -> Result<(), String> {
-        let (ram, key) = (self.source.ram().clone(), self.key.clone());
-        let now = tokio::task::spawn_blocking(move || full_digest(&ram, &key))
+        let (ram, key) = (self.source.ram(), self.key.clone());
+        let now = tokio::task::spawn_blocking(move || full_digest(&*ram, &key))
             .await
             .map_err(|panic| format!("reading RAM again panicked: {panic}"))?
             .map_err(|e| format!("RAM of VM {} cannot be read again: {e}", self.name()))?;
@@ -309,10 +330,6 @@ impl<C: Caller> Handover<C> {
             GangResponse::DeviceExpected { ram } => ram,
             other => return Err(self.refused(other)),
         };
-        let _stale = std::fs::remove_file(&self.socket);
-        let listener = UnixListener::bind(&self.socket)
-            .map_err(|e| format!("socket {}: {e}", self.socket.display()))?;
-        let file = SocketFile(self.socket.clone());
         let stream = connect(
             &self.roster,
             &self.flight.target,
@@ -324,8 +341,6 @@ impl<C: Caller> Handover<C> {
         .await
         .map_err(|e| chain(&e))?;
         Ok(Device {
-            file,
-            listener,
             stream,
             target_ram: ram,
         })
@@ -334,21 +349,10 @@ impl<C: Caller> Handover<C> {
     /// Before: the target has every page. After: both VMMs say that the device
     /// state has arrived, both guests stand still.
     async fn device_state(&self, device: Device) -> Result<(), String> {
-        let Device {
-            file,
-            listener,
-            stream,
-            target_ram,
-        } = device;
-        let relaying = async {
-            let (vmm, _) = listener.accept().await.map_err(|e| e.to_string())?;
-            relay(vmm, stream, DEVICE_LIMIT)
-                .await
-                .map_err(|e| chain(&e))
-        };
+        let Device { stream, target_ram } = device;
         let sending = async {
             self.source
-                .state_out(&self.socket, DEVICE_LIMIT)
+                .state_out(&self.socket, stream, DEVICE_LIMIT)
                 .await
                 .map_err(|e| chain(&e))
         };
@@ -368,9 +372,7 @@ impl<C: Caller> Handover<C> {
                 other => Err(self.refused(other)),
             }
         };
-        let outcome = tokio::try_join!(relaying, sending, arriving);
-        drop(file);
-        outcome?;
+        tokio::try_join!(sending, arriving)?;
         self.hold_for_tests(&target_ram).await;
         Ok(())
     }
@@ -380,7 +382,7 @@ impl<C: Caller> Handover<C> {
     async fn hold_for_tests(&self, target_ram: &str) {
         let Some(dir) = &self.hold else { return };
         let json = serde_json::json!({
-            "source_ram": self.source.ram().path(),
+            "source_ram": self.source.ram().place(),
             "target_ram": target_ram,
         });
         let ready = dir.join(format!("{}.ready", self.name()));
@@ -401,19 +403,8 @@ impl<C: Caller> Handover<C> {
 
 /// What is ready for the device state.
 struct Device {
-    file: SocketFile,
-    listener: UnixListener,
     stream: crate::net::Stream,
     target_ram: String,
-}
-
-/// Removes a socket's file when it is not needed any more.
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let _gone_already = std::fs::remove_file(&self.0);
-    }
 }
 
 /// An error with its sources, in one line.

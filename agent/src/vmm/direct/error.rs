@@ -6,6 +6,8 @@ use crate::vmm::preflight::PreflightError;
 use crate::vmm::process::ProcessError;
 use crate::vmm::qmp::{MigrationStatus, QmpError, RunState};
 use crate::vmm::ram::RamError;
+use crate::vmm::relay::RelayError;
+use std::path::PathBuf;
 use thiserror::Error;
 
 /// What can go wrong on either side. Messages carry the VM's name.
@@ -34,6 +36,26 @@ pub enum DirectError {
         /// Why.
         #[source]
         source: DirtyLogError,
+    },
+    /// No socket for the device state.
+    #[error("VM {vm}: the socket {path} for its device state cannot be made")]
+    Socket {
+        /// The VM.
+        vm: String,
+        /// The socket.
+        path: PathBuf,
+        /// The kernel's answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The device state did not get through.
+    #[error("VM {vm}: its device state did not get to the target")]
+    Relay {
+        /// The VM.
+        vm: String,
+        /// Why.
+        #[source]
+        source: RelayError,
     },
     /// The VMM did not answer or refused.
     #[error("VM {vm}: {doing} failed{said}")]
