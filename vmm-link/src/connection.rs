@@ -101,6 +101,12 @@ impl Connection {
         self.stream.try_clone()
     }
 
+    /// Ends the connection for both sides: what comes next is not to be trusted.
+    pub fn close(&self) {
+        // Fails only if it has ended already.
+        let _over = self.stream.shutdown(std::net::Shutdown::Both);
+    }
+
     /// Sends what `encode` appends: whole frames.
     ///
     /// # Errors
