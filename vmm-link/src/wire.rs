@@ -665,10 +665,8 @@ impl<'a> Reader<'a> {
                 most: MAX_TEXT,
             });
         }
-        let text = String::from_utf8_lossy(bytes);
-        Ok(text
-            .chars()
-            .map(|c| if c.is_control() { ' ' } else { c })
-            .collect())
+        let clean = |c: char| if c.is_control() { ' ' } else { c };
+        let text: String = String::from_utf8_lossy(bytes).chars().map(clean).collect();
+        Ok(cut(&text).to_owned())
     }
 }

@@ -33,9 +33,9 @@ struct Cli {
     /// MiB of RAM, up to 3072: all of it below the hole for devices.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=3072))]
     ram_mib: u64,
-    /// ELF file with a PVH entry.
-    #[arg(long)]
-    kernel: PathBuf,
+    /// ELF file with a PVH entry, unless a VM is waited for.
+    #[arg(long, required_unless_present = "incoming")]
+    kernel: Option<PathBuf>,
     /// The guest's command line.
     #[arg(long, default_value = "")]
     cmdline: String,
@@ -51,6 +51,9 @@ struct Cli {
     /// Entries of a dirty ring to log into, instead of KVM's bitmap.
     #[arg(long)]
     ring: Option<usize>,
+    /// End when the thread that started this one ends: for tests.
+    #[arg(long)]
+    end_with_parent: bool,
     /// Wait for a VM instead of starting one.
     #[arg(long)]
     incoming: bool,
@@ -58,6 +61,9 @@ struct Cli {
 
 fn main() -> Result<()> {
     let cli = Cli::parse();
+    if cli.end_with_parent {
+        nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+    }
     let kvm = Kvm::new().context("/dev/kvm")?;
     let vm = kvm.create_vm().context("making the VM")?;
     // Where nobody looks: Intel's KVM wants four pages of its own.
@@ -90,9 +96,9 @@ fn main() -> Result<()> {
     if let Some(rings) = &rings {
         rings.add_vcpu(&fd)?;
     }
-    if !cli.incoming {
-        boot::load(&cli.kernel, &cli.cmdline, &file, &fd)
-            .with_context(|| cli.kernel.display().to_string())?;
+    if let Some(kernel) = cli.kernel.as_ref().filter(|_| !cli.incoming) {
+        boot::load(kernel, &cli.cmdline, &file, &fd)
+            .with_context(|| kernel.display().to_string())?;
     }
     let serial = Serial::start(&cli.serial, &cli.commands)?;
     let vcpu = Vcpu::start(fd, serial.clone(), rings.clone(), !cli.incoming)?;
