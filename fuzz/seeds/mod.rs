@@ -7,6 +7,7 @@ mod lane;
 mod net;
 mod stream;
 mod texts;
+mod vmm;
 
 use drover::types::{GangId, Page, VmIndex};
 use std::path::Path;
@@ -52,6 +53,7 @@ pub fn seeds(repository: &Path) -> Vec<Seed> {
     texts::seeds(&mut add);
     host::seeds(&mut add);
     stream::seeds(&mut add);
+    vmm::seeds(&mut add);
     seeds
 }
 

@@ -11,6 +11,7 @@ pub mod host;
 pub mod lane;
 pub mod net;
 pub mod stream;
+pub mod vmm;
 
 use drover::config::ClusterSecret;
 use drover::net::preamble::MembershipKey;
@@ -40,6 +41,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("stream_multifd", stream::stream_multifd),
     ("stream_reply", stream::stream_reply),
     ("cloud_hypervisor", stream::cloud_hypervisor),
+    ("vmm_link", vmm::vmm_link),
 ];
 
 /// Pages of the VM that lane targets pretend to fill: 1 GiB.

@@ -6,6 +6,7 @@
 //!   [`netns`] namespaces; [`registry`] takes everything down again.
 //! - [`qemu`] runs VMMs, [`qmp`] talks to them, [`agentcfg`] and [`drover`]
 //!   run agents and the `drover` command.
+//! - [`kvmm`] runs the small VMM of this package that has KVM's own dirty log.
 //! - [`limit`] keeps waits from being endless.
 //! - [`stage`] and [`play`] are what end-to-end tests stand on.
 //! - [`check`] compares guest RAM and watches guests; [`tenant`] is the
@@ -23,6 +24,7 @@ pub mod drover;
 pub mod gang;
 pub mod guest;
 pub mod hostile;
+pub mod kvmm;
 pub mod limit;
 pub mod netns;
 pub mod pattern;

@@ -35,7 +35,11 @@ const TAKE_DOWN: Duration = Duration::from_secs(20);
 const ROOTLESS: &str = "fuzz_corpus";
 
 /// Packages whose (other) `tests/*.rs` need root.
-const ROOT_PACKAGES: &[(&str, &str)] = &[("drover", "agent"), ("tests", "tests")];
+const ROOT_PACKAGES: &[(&str, &str)] = &[
+    ("drover", "agent"),
+    ("drover-vmm", "vmm-link"),
+    ("tests", "tests"),
+];
 
 #[derive(Default)]
 struct Tally {

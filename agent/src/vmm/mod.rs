@@ -19,6 +19,7 @@ pub mod direct;
 pub mod dirty;
 pub mod inject;
 pub mod kinds;
+pub mod kvm_log;
 pub mod launch;
 pub mod maps;
 pub mod pagemap;

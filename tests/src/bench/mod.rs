@@ -7,6 +7,7 @@
 //! compared at the switch, which would spoil what the others measure.
 
 pub mod bound;
+pub mod dirty_log;
 pub mod drover_gang;
 pub mod output;
 pub mod qemu_gang;

@@ -55,6 +55,18 @@ enum Command {
 enum Bench {
     /// One gang, moved by Drover and by QEMU itself.
     Gang(BenchGang),
+    /// The dirty logs of one VM: KVM's bitmap and ring, and userfaultfd.
+    DirtyLog(BenchDirtyLog),
+}
+
+#[derive(Args)]
+struct BenchDirtyLog {
+    /// MiB of RAM.
+    #[arg(long, default_value_t = 1024)]
+    ram_mib: u32,
+    /// Rounds; figures are medians.
+    #[arg(long, default_value_t = 11)]
+    reps: u32,
 }
 
 #[derive(Args)]
@@ -200,6 +212,12 @@ fn main() -> Result<()> {
         Command::Bench {
             what: Bench::Gang(args),
         } => bench_gang(&args),
+        Command::Bench {
+            what: Bench::DirtyLog(args),
+        } => {
+            print!("{}", bench::dirty_log::run(args.ram_mib, args.reps)?);
+            Ok(())
+        }
     }
 }
 

@@ -64,10 +64,23 @@ impl KvmWork {
 /// # Errors
 /// When the C compiler is missing or fails.
 pub fn ensure() -> Result<PathBuf> {
+    compiled("guest")
+}
+
+/// Builds (or finds) the guest that writes what it is told to.
+///
+/// # Errors
+/// When the C compiler is missing or fails.
+pub fn writer() -> Result<PathBuf> {
+    compiled("writer")
+}
+
+fn compiled(name: &str) -> Result<PathBuf> {
     let folder = cache::workspace().join("tests/guests/kvm");
-    let (source, script) = (folder.join("guest.c"), folder.join("guest.lds"));
+    let source = folder.join(format!("{name}.c"));
+    let script = folder.join("guest.lds");
     let dir = cache::built(
-        "kvm-guest",
+        &format!("kvm-{name}"),
         &[&fs::read(&source)?, &fs::read(&script)?],
         |dir| {
             let flat = dir.join("guest.bin");

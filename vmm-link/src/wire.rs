@@ -1,0 +1,672 @@
+//! The protocol between an agent and a VMM: messages, as bytes and back.
+//!
+//! A frame is a header of 8 bytes (`u32` length of the body, `u16` kind, `u16`
+//! zero) and a body of at most [`MAX_BODY`] bytes; numbers are little-endian.
+//! The agent asks, the VMM answers, one request at a time:
+//!
+//! ```text
+//! agent                          VMM
+//! Hello                       →  Welcome (+ descriptors of guest RAM)
+//! Status                      →  Status
+//! StartLog, StopLog           →  Done
+//! Round                       →  Bits … Bits, RoundEnd
+//! Pause                       →  Paused
+//! Resume, End                 →  Done
+//! SaveState                   →  Chunk … Chunk, ChunksEnd
+//! LoadState, Chunk …, ChunksEnd → Done
+//! anything                    →  Refused
+//! ```
+//! `Hello` comes first, once. What is not understood, out of order or too long
+//! ends the connection.
+
+use thiserror::Error;
+
+/// First bytes of a `Hello`.
+pub const MAGIC: [u8; 8] = *b"drovervm";
+/// The version spoken here. Another one is refused: agent and VMM are of one
+/// host, and updated together or not at all.
+pub const VERSION: u16 = 1;
+/// Bytes of a header.
+pub const HEADER: usize = 8;
+/// Most bytes of a `Chunk`'s content, and of the words of a `Bits`.
+pub const MAX_CHUNK: usize = 64 << 10;
+/// Most bytes of a body.
+pub const MAX_BODY: usize = MAX_CHUNK + 16;
+/// Most regions of guest RAM.
+pub const MAX_REGIONS: usize = 128;
+/// Most descriptors that come with a `Welcome`.
+pub const MAX_FDS: usize = 64;
+/// Most bytes of a refusal's text.
+pub const MAX_TEXT: usize = 1024;
+/// Most bytes of a VM's state: everything but RAM.
+pub const MAX_STATE: u64 = 256 << 20;
+/// Bytes of a page.
+pub const PAGE: u64 = 4096;
+/// Largest gap-free end of guest RAM in pages: gfns of the agent are `u32`.
+pub const MAX_PAGES: u64 = u32::MAX as u64;
+
+/// Bytes that are no message.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum WireError {
+    /// A kind that nobody knows, or not in this direction.
+    #[error("a message of unknown kind {0:#06x}")]
+    Kind(u16),
+    /// The header's last two bytes are not zero.
+    #[error("a header with {0:#06x} where zero has to be")]
+    Reserved(u16),
+    /// Longer than it may be.
+    #[error("a message of {len} bytes, at most {most} are taken")]
+    TooLong {
+        /// What it says.
+        len: usize,
+        /// What may be.
+        most: usize,
+    },
+    /// Shorter or longer than its kind is.
+    #[error("{what}: {len} bytes do not make one")]
+    Length {
+        /// The message.
+        what: &'static str,
+        /// Its body.
+        len: usize,
+    },
+    /// A field with a value that cannot be.
+    #[error("{what}: {value} is out of range")]
+    Value {
+        /// The field.
+        what: &'static str,
+        /// What it has.
+        value: u64,
+    },
+    /// Not the magic of this protocol.
+    #[error("no agent of Drover is speaking")]
+    Magic,
+    /// Another version.
+    #[error("protocol version {got}, this is {VERSION}: use agent and VMM of one release")]
+    Version {
+        /// The other's.
+        got: u16,
+    },
+}
+
+/// A header: length of the body and kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    /// Bytes that follow.
+    pub len: usize,
+    /// What they are.
+    pub kind: u16,
+}
+
+impl Header {
+    /// Reads one; the length is within [`MAX_BODY`] then.
+    ///
+    /// # Errors
+    /// Too long a body, or bytes that must be zero and are not.
+    pub fn decode(bytes: [u8; HEADER]) -> Result<Header, WireError> {
+        let mut at = Reader::new("header", &bytes);
+        let (len, kind, zero) = (at.u32()? as usize, at.u16()?, at.u16()?);
+        if len > MAX_BODY {
+            return Err(WireError::TooLong {
+                len,
+                most: MAX_BODY,
+            });
+        }
+        if zero != 0 {
+            return Err(WireError::Reserved(zero));
+        }
+        Ok(Header { len, kind })
+    }
+}
+
+/// What the VMM learns of writes by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogKind {
+    /// `KVM_GET_DIRTY_LOG`, which clears and protects again by itself.
+    Bitmap,
+    /// The same under `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
+    ManualBitmap,
+    /// `KVM_CAP_DIRTY_LOG_RING`.
+    Ring,
+}
+
+/// What a VMM is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Its VM lives here, running or paused.
+    Live,
+    /// It waits for pages and state from elsewhere.
+    Waiting,
+    /// State has been loaded, and the guest has not run yet.
+    Arrived,
+}
+
+/// A stretch of guest RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RegionInfo {
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Where it begins in its file.
+    pub offset: u64,
+    /// Which of the descriptors that came along is its file.
+    pub fd: u16,
+}
+
+impl RegionInfo {
+    /// Number of its pages.
+    pub fn pages(&self) -> u64 {
+        self.len / PAGE
+    }
+
+    fn check(self, fds: u16) -> Result<RegionInfo, WireError> {
+        let value = |what, value| Err(WireError::Value { what, value });
+        if self.len == 0 || !self.len.is_multiple_of(PAGE) || self.pages() > MAX_PAGES {
+            return value("length of a region", self.len);
+        }
+        let end_in = |start: u64| {
+            start.is_multiple_of(PAGE) && start.checked_add(self.len).is_some_and(|e| e <= 1 << 62)
+        };
+        if !end_in(self.gpa) {
+            return value("address of a region", self.gpa);
+        }
+        if !end_in(self.offset) {
+            return value("offset of a region", self.offset);
+        }
+        if self.fd >= fds {
+            return value("descriptor of a region", self.fd.into());
+        }
+        Ok(self)
+    }
+}
+
+/// How a VM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Status {
+    /// What the VMM is in.
+    pub phase: Phase,
+    /// Whether its vCPUs run.
+    pub running: bool,
+    /// Whether writes are logged.
+    pub logging: bool,
+}
+
+/// What an agent asks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Request<'a> {
+    /// The first message. Carries magic and version.
+    Hello,
+    /// How is the VM?
+    Status,
+    /// Log writes from here on; what was logged before is forgotten.
+    StartLog,
+    /// The pages written since the log was started or last asked.
+    Round,
+    /// Log no longer.
+    StopLog,
+    /// Stop all vCPUs and finish all I/O into guest RAM.
+    Pause,
+    /// Let the guest run.
+    Resume,
+    /// The state of a paused VM.
+    SaveState,
+    /// Chunks of state follow.
+    LoadState,
+    /// A piece of it.
+    Chunk(&'a [u8]),
+    /// There was this much.
+    ChunksEnd(u64),
+    /// The VM lives elsewhere (or not at all): end the VMM.
+    End,
+}
+
+/// Why a VMM refuses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// Not in this phase or run state.
+    State,
+    /// KVM failed.
+    Log,
+    /// The VMM's own code failed.
+    Vmm,
+}
+
+/// What a VMM answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer<'a> {
+    /// To `Hello`; as many descriptors as its regions name come with it.
+    Welcome {
+        /// How writes are logged.
+        log: LogKind,
+        /// How the VM is.
+        status: Status,
+        /// Descriptors that come along.
+        fds: u16,
+        /// Guest RAM.
+        regions: Vec<RegionInfo>,
+    },
+    /// To `Status`.
+    Status(Status),
+    /// It is done.
+    Done,
+    /// Pages written, a bit a page.
+    Bits(Bits<'a>),
+    /// The round is complete; so many pages were in it.
+    RoundEnd(u64),
+    /// To `Pause`: whether the guest was running.
+    Paused(bool),
+    /// A piece of state.
+    Chunk(&'a [u8]),
+    /// There was this much.
+    ChunksEnd(u64),
+    /// It was not done.
+    Refused {
+        /// What kind of failure.
+        why: Refusal,
+        /// In words.
+        text: String,
+    },
+}
+
+/// Pages of one region, a bit a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bits<'a> {
+    /// Index of the region in the `Welcome`.
+    pub region: u16,
+    /// The page of the region that the first bit is of, a multiple of 64.
+    pub first: u32,
+    bytes: &'a [u8],
+}
+
+impl<'a> Bits<'a> {
+    /// The words, each with the number of the page its lowest bit is of.
+    pub fn words(&self) -> impl Iterator<Item = (u64, u64)> + 'a {
+        let first = u64::from(self.first);
+        let words = self.bytes.chunks_exact(8).enumerate();
+        words.map(move |(i, word)| {
+            let word = u64::from_le_bytes(word.try_into().expect("eight bytes"));
+            (first + i as u64 * 64, word)
+        })
+    }
+
+    /// Number of pages that there are bits for.
+    pub fn span(&self) -> u64 {
+        self.bytes.len() as u64 * 8
+    }
+}
+
+const HELLO: u16 = 0x01;
+const STATUS: u16 = 0x02;
+const START_LOG: u16 = 0x03;
+const ROUND: u16 = 0x04;
+const STOP_LOG: u16 = 0x05;
+const PAUSE: u16 = 0x06;
+const RESUME: u16 = 0x07;
+const SAVE_STATE: u16 = 0x08;
+const LOAD_STATE: u16 = 0x09;
+const END: u16 = 0x0a;
+const CHUNK: u16 = 0x20;
+const CHUNKS_END: u16 = 0x21;
+const WELCOME: u16 = 0x81;
+const STATUS_IS: u16 = 0x82;
+const DONE: u16 = 0x83;
+const BITS: u16 = 0x84;
+const ROUND_END: u16 = 0x85;
+const PAUSED: u16 = 0x86;
+const REFUSED: u16 = 0xff;
+
+impl<'a> Request<'a> {
+    /// Reads the body of a frame of this kind.
+    ///
+    /// # Errors
+    /// Bytes that are no request.
+    pub fn decode(kind: u16, body: &'a [u8]) -> Result<Request<'a>, WireError> {
+        let mut at = Reader::new("request", body);
+        let request = match kind {
+            HELLO => {
+                if at.take(MAGIC.len())? != MAGIC {
+                    return Err(WireError::Magic);
+                }
+                match at.u16()? {
+                    VERSION => Request::Hello,
+                    got => return Err(WireError::Version { got }),
+                }
+            }
+            STATUS => Request::Status,
+            START_LOG => Request::StartLog,
+            ROUND => Request::Round,
+            STOP_LOG => Request::StopLog,
+            PAUSE => Request::Pause,
+            RESUME => Request::Resume,
+            SAVE_STATE => Request::SaveState,
+            LOAD_STATE => Request::LoadState,
+            END => Request::End,
+            CHUNK => Request::Chunk(at.chunk()?),
+            CHUNKS_END => Request::ChunksEnd(at.state_len()?),
+            kind => return Err(WireError::Kind(kind)),
+        };
+        at.end()?;
+        Ok(request)
+    }
+
+    /// Appends the whole frame.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let (kind, write): (u16, &dyn Fn(&mut Vec<u8>)) = match self {
+            Request::Hello => (HELLO, &|out| {
+                out.extend_from_slice(&MAGIC);
+                out.extend_from_slice(&VERSION.to_le_bytes());
+            }),
+            Request::Status => (STATUS, &|_| ()),
+            Request::StartLog => (START_LOG, &|_| ()),
+            Request::Round => (ROUND, &|_| ()),
+            Request::StopLog => (STOP_LOG, &|_| ()),
+            Request::Pause => (PAUSE, &|_| ()),
+            Request::Resume => (RESUME, &|_| ()),
+            Request::SaveState => (SAVE_STATE, &|_| ()),
+            Request::LoadState => (LOAD_STATE, &|_| ()),
+            Request::End => (END, &|_| ()),
+            Request::Chunk(bytes) => (CHUNK, &|out| out.extend_from_slice(bytes)),
+            Request::ChunksEnd(total) => (CHUNKS_END, &|out| {
+                out.extend_from_slice(&total.to_le_bytes())
+            }),
+        };
+        frame(out, kind, write);
+    }
+}
+
+impl<'a> Answer<'a> {
+    /// Pages of `region` from page `first` (a multiple of 64) on.
+    pub fn encode_bits(out: &mut Vec<u8>, region: u16, first: u32, words: &[u64]) {
+        frame(out, BITS, |out| {
+            out.extend_from_slice(&region.to_le_bytes());
+            out.extend_from_slice(&0u16.to_le_bytes());
+            out.extend_from_slice(&first.to_le_bytes());
+            for word in words {
+                out.extend_from_slice(&word.to_le_bytes());
+            }
+        });
+    }
+
+    /// Reads the body of a frame of this kind.
+    ///
+    /// # Errors
+    /// Bytes that are no answer.
+    pub fn decode(kind: u16, body: &'a [u8]) -> Result<Answer<'a>, WireError> {
+        let mut at = Reader::new("answer", body);
+        let answer = match kind {
+            WELCOME => at.welcome()?,
+            STATUS_IS => Answer::Status(at.status()?),
+            DONE => Answer::Done,
+            BITS => Answer::Bits(at.bits()?),
+            ROUND_END => Answer::RoundEnd(at.u64()?),
+            PAUSED => Answer::Paused(at.flag("was running")?),
+            CHUNK => Answer::Chunk(at.chunk()?),
+            CHUNKS_END => Answer::ChunksEnd(at.state_len()?),
+            REFUSED => Answer::Refused {
+                why: match at.u16()? {
+                    0 => Refusal::State,
+                    1 => Refusal::Log,
+                    2 => Refusal::Vmm,
+                    other => return Err(out_of_range("reason of a refusal", other)),
+                },
+                text: at.text()?,
+            },
+            kind => return Err(WireError::Kind(kind)),
+        };
+        at.end()?;
+        Ok(answer)
+    }
+
+    /// Appends the whole frame.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        match self {
+            Answer::Welcome {
+                log,
+                status,
+                fds,
+                regions,
+            } => frame(out, WELCOME, |out| {
+                out.extend_from_slice(&VERSION.to_le_bytes());
+                out.extend_from_slice(&fds.to_le_bytes());
+                out.push(match log {
+                    LogKind::Bitmap => 0,
+                    LogKind::ManualBitmap => 1,
+                    LogKind::Ring => 2,
+                });
+                put_status(out, status);
+                for r in regions {
+                    for word in [r.gpa, r.len, r.offset] {
+                        out.extend_from_slice(&word.to_le_bytes());
+                    }
+                    out.extend_from_slice(&r.fd.to_le_bytes());
+                }
+            }),
+            Answer::Status(status) => frame(out, STATUS_IS, |out| put_status(out, status)),
+            Answer::Done => frame(out, DONE, |_| ()),
+            Answer::Bits(bits) => frame(out, BITS, |out| {
+                out.extend_from_slice(&bits.region.to_le_bytes());
+                out.extend_from_slice(&0u16.to_le_bytes());
+                out.extend_from_slice(&bits.first.to_le_bytes());
+                out.extend_from_slice(bits.bytes);
+            }),
+            Answer::RoundEnd(pages) => frame(out, ROUND_END, |out| {
+                out.extend_from_slice(&pages.to_le_bytes());
+            }),
+            Answer::Paused(was) => frame(out, PAUSED, |out| out.push(u8::from(*was))),
+            Answer::Chunk(bytes) => frame(out, CHUNK, |out| out.extend_from_slice(bytes)),
+            Answer::ChunksEnd(total) => frame(out, CHUNKS_END, |out| {
+                out.extend_from_slice(&total.to_le_bytes());
+            }),
+            Answer::Refused { why, text } => frame(out, REFUSED, |out| {
+                let code = match why {
+                    Refusal::State => 0u16,
+                    Refusal::Log => 1,
+                    Refusal::Vmm => 2,
+                };
+                out.extend_from_slice(&code.to_le_bytes());
+                out.extend_from_slice(cut(text).as_bytes());
+            }),
+        }
+    }
+}
+
+/// As much of a text as a refusal takes.
+fn cut(text: &str) -> &str {
+    let mut end = text.len().min(MAX_TEXT);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+fn put_status(out: &mut Vec<u8>, status: &Status) {
+    let phase = match status.phase {
+        Phase::Live => 0,
+        Phase::Waiting => 1,
+        Phase::Arrived => 2,
+    };
+    out.extend_from_slice(&[phase, u8::from(status.running), u8::from(status.logging)]);
+}
+
+fn frame(out: &mut Vec<u8>, kind: u16, body: impl FnOnce(&mut Vec<u8>)) {
+    let at = out.len();
+    out.extend_from_slice(&[0; 4]);
+    out.extend_from_slice(&kind.to_le_bytes());
+    out.extend_from_slice(&[0; 2]);
+    body(out);
+    let len = out.len() - at - HEADER;
+    debug_assert!(len <= MAX_BODY, "a message of {len} bytes");
+    out[at..at + 4].copy_from_slice(&(len as u32).to_le_bytes());
+}
+
+fn out_of_range(what: &'static str, value: impl Into<u64>) -> WireError {
+    let value = value.into();
+    WireError::Value { what, value }
+}
+
+/// A body that is read from its start.
+struct Reader<'a> {
+    what: &'static str,
+    whole: usize,
+    rest: &'a [u8],
+}
+
+impl<'a> Reader<'a> {
+    fn new(what: &'static str, bytes: &'a [u8]) -> Reader<'a> {
+        Reader {
+            what,
+            whole: bytes.len(),
+            rest: bytes,
+        }
+    }
+
+    fn length(&self) -> WireError {
+        WireError::Length {
+            what: self.what,
+            len: self.whole,
+        }
+    }
+
+    fn take(&mut self, n: usize) -> Result<&'a [u8], WireError> {
+        let (taken, rest) = self.rest.split_at_checked(n).ok_or(self.length())?;
+        self.rest = rest;
+        Ok(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+        Ok(self.take(N)?.try_into().expect("as many were taken"))
+    }
+
+    fn u16(&mut self) -> Result<u16, WireError> {
+        self.array().map(u16::from_le_bytes)
+    }
+    fn u32(&mut self) -> Result<u32, WireError> {
+        self.array().map(u32::from_le_bytes)
+    }
+    fn u64(&mut self) -> Result<u64, WireError> {
+        self.array().map(u64::from_le_bytes)
+    }
+
+    fn flag(&mut self, what: &'static str) -> Result<bool, WireError> {
+        match self.array::<1>()? {
+            [0] => Ok(false),
+            [1] => Ok(true),
+            [other] => Err(out_of_range(what, other)),
+        }
+    }
+
+    fn rest(&mut self) -> &'a [u8] {
+        std::mem::take(&mut self.rest)
+    }
+
+    fn end(&self) -> Result<(), WireError> {
+        match self.rest {
+            [] => Ok(()),
+            _ => Err(self.length()),
+        }
+    }
+
+    fn status(&mut self) -> Result<Status, WireError> {
+        let phase = match self.array::<1>()? {
+            [0] => Phase::Live,
+            [1] => Phase::Waiting,
+            [2] => Phase::Arrived,
+            [other] => return Err(out_of_range("phase", other)),
+        };
+        Ok(Status {
+            phase,
+            running: self.flag("running")?,
+            logging: self.flag("logging")?,
+        })
+    }
+
+    fn welcome(&mut self) -> Result<Answer<'a>, WireError> {
+        match self.u16()? {
+            VERSION => {}
+            got => return Err(WireError::Version { got }),
+        }
+        let fds = self.u16()?;
+        if fds == 0 || usize::from(fds) > MAX_FDS {
+            return Err(out_of_range("number of descriptors", fds));
+        }
+        let log = match self.array::<1>()? {
+            [0] => LogKind::Bitmap,
+            [1] => LogKind::ManualBitmap,
+            [2] => LogKind::Ring,
+            [other] => return Err(out_of_range("kind of log", other)),
+        };
+        let status = self.status()?;
+        let mut regions = Vec::new();
+        let mut pages = 0;
+        while !self.rest.is_empty() {
+            let region = RegionInfo {
+                gpa: self.u64()?,
+                len: self.u64()?,
+                offset: self.u64()?,
+                fd: self.u16()?,
+            };
+            regions.push(region.check(fds)?);
+            pages += region.pages();
+            if regions.len() > MAX_REGIONS || pages > MAX_PAGES {
+                return Err(out_of_range("guest RAM", regions.len() as u64));
+            }
+        }
+        if regions.is_empty() {
+            return Err(self.length());
+        }
+        Ok(Answer::Welcome {
+            log,
+            status,
+            fds,
+            regions,
+        })
+    }
+
+    fn bits(&mut self) -> Result<Bits<'a>, WireError> {
+        let (region, zero, first) = (self.u16()?, self.u16()?, self.u32()?);
+        if zero != 0 {
+            return Err(WireError::Reserved(zero));
+        }
+        if !first.is_multiple_of(64) {
+            return Err(out_of_range("first page of bits", first));
+        }
+        let bytes = self.rest();
+        if bytes.is_empty() || bytes.len() > MAX_CHUNK || !bytes.len().is_multiple_of(8) {
+            return Err(self.length());
+        }
+        Ok(Bits {
+            region,
+            first,
+            bytes,
+        })
+    }
+
+    fn chunk(&mut self) -> Result<&'a [u8], WireError> {
+        match self.rest() {
+            bytes if bytes.is_empty() || bytes.len() > MAX_CHUNK => Err(self.length()),
+            bytes => Ok(bytes),
+        }
+    }
+
+    fn state_len(&mut self) -> Result<u64, WireError> {
+        match self.u64()? {
+            len if len <= MAX_STATE => Ok(len),
+            len => Err(out_of_range("length of the state", len)),
+        }
+    }
+
+    /// Text for people: no control characters reach their terminals.
+    fn text(&mut self) -> Result<String, WireError> {
+        let bytes = self.rest();
+        if bytes.len() > MAX_TEXT {
+            return Err(WireError::TooLong {
+                len: bytes.len(),
+                most: MAX_TEXT,
+            });
+        }
+        let clean = |c: char| if c.is_control() { ' ' } else { c };
+        let text: String = String::from_utf8_lossy(bytes).chars().map(clean).collect();
+        Ok(cut(&text).to_owned())
+    }
+}
