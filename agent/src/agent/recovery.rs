@@ -153,12 +153,22 @@ impl Agent {
             vm: record.vm.clone(),
         });
         care.source_is(state, record.run);
+        // Of a VM whose VMM has ended, or cannot be reached, the files are there
+        // all the same if an agent has made them.
+        let files = match &vm {
+            Some(vm) => vm.files.clone(),
+            None => {
+                let config = &self.config;
+                let files = VmPaths::new(&config.run_dir, &config.ram_dir, &record.vm);
+                files.definition().exists().then_some(files)
+            }
+        };
         let leaving = Leaving {
             caller: Rc::new(AgentCaller(self.clone())),
             journal: self.journal.clone(),
             moments: self.moments.clone(),
-            vmm: vm.as_ref().map(|vm| vm.vmm.clone()),
-            files: vm.and_then(|vm| vm.files),
+            vmm: vm.map(|vm| vm.vmm),
+            files,
             fence: self.config.fencing.clone(),
             care: care.clone(),
             watcher,

@@ -17,7 +17,8 @@ use crate::gang::message::{GangRequest, GangResponse};
 use crate::gang::moments::{Moment, Moments};
 use crate::vmm::definition::VmPaths;
 use crate::vmm::kinds::roll_back;
-use crate::vmm::launch::{Vmm, remove_files};
+use crate::vmm::launch::{Vmm, end_leftovers, remove_files};
+use crate::vmm::process::ProcessError;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -303,10 +304,27 @@ impl<C: Caller> Leaving<C> {
                 "the VM runs at its target, but its stopped copy could not be ended here");
             return None;
         }
-        if let Some(files) = self.files.clone()
-            && let Err(panic) = tokio::task::spawn_blocking(move || remove_files(&files)).await
-        {
-            tracing::error!(vm = %self.record.vm, %panic, "files of the VM may be left");
+        if let Some(files) = self.files.clone() {
+            // What a restarted agent cannot reach any more ends all the same.
+            let unreached = self.vmm.is_none();
+            let removed = tokio::task::spawn_blocking(move || {
+                if unreached {
+                    end_leftovers(&files)?;
+                }
+                remove_files(&files);
+                Ok::<_, ProcessError>(())
+            });
+            match removed.await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    tracing::error!(vm = %self.record.vm, %error,
+                        "the VM runs at its target, but its copy could not be ended here");
+                    return None;
+                }
+                Err(panic) => {
+                    tracing::error!(vm = %self.record.vm, %panic, "files of the VM may be left");
+                }
+            }
         }
         self.reach(Moment::SourceEnded).await;
         Some(SourceEvent::Ended)
