@@ -9,10 +9,12 @@ use anyhow::{Context, Result, ensure};
 use drover::api::types::{GangReport, HandoverInfo, VmOutcome};
 use drover::gang::moments::Moment;
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 use tests::check;
 use tests::drover::Ended;
 use tests::play::{BESIDE, ENDS, Play, VM, equal};
+use tests::qmp::Qmp;
 use tests::registry;
 use tests::save;
 use tests::stage::Stage;
@@ -108,6 +110,18 @@ fn source_agent_killed_after_the_commitment_gives_its_vm_away() -> Result<()> {
         let (source, target) = (play.host().to_owned(), play.other());
         killed_at_leaves(&mut play, &source, moment, target, "went to the target")?;
     }
+    // Its copy has ended, what that leaves has not been removed yet.
+    let (source, target) = (play.host().to_owned(), play.other());
+    let held = play.held_at(EndingSource, BESIDE)?;
+    play.kill(&source);
+    let copy = play.agent(&source).files.places(VM);
+    // It ends instead of answering.
+    let _gone = Qmp::connect(Path::new(&copy.qmp))?.execute("quit", serde_json::json!({}));
+    held.release()?;
+    play.start_again(&source)?;
+    play.runs_on(target)?;
+    ensure!(!Path::new(&copy.ram).exists(), "{} was left", copy.ram);
+    held.end()?;
     play.stage.finish()
 }
 
