@@ -334,7 +334,9 @@ impl Drop for Vmm {
     fn drop(&mut self) {
         registry::kill(&self.pidfd);
         let _ = self.child.wait();
-        for file in [&self.at.ram, &self.at.control, &self.at.qmp] {
+        // What private RAM began with is a save.
+        let ram = (!self.at.private).then_some(&self.at.ram);
+        for file in [&self.at.control, &self.at.qmp].into_iter().chain(ram) {
             let _ = fs::remove_file(file);
         }
     }
