@@ -7,6 +7,7 @@ use crate::types::PAGE_SIZE;
 use crate::vmm::launch::{Vmm, blocking};
 use crate::vmm::preflight::{self, PreflightError, QemuFacts, RamBlock, parse_ramblocks};
 use crate::vmm::qmp::{QmpError, RunState};
+use crate::vmm::ram::RamError;
 
 /// RAM blocks besides the machine's are held in the agent's memory until the
 /// switch; more of them than this is refused.
@@ -29,14 +30,9 @@ pub(super) struct Found {
 }
 
 impl Found {
-    pub(super) fn open(&self, vmm: &Vmm, writable: bool) -> Result<ProcessRam, StreamVmError> {
+    pub(super) fn open(&self, vmm: &Vmm, writable: bool) -> Result<ProcessRam, RamError> {
         let pages = (self.block.bytes / PAGE_SIZE as u64) as u32;
-        ProcessRam::open(&vmm.process, self.address, pages, writable, self.sparse).map_err(
-            |source| StreamVmError::Ram {
-                vm: vmm.name.clone(),
-                source,
-            },
-        )
+        ProcessRam::open(&vmm.process, self.address, pages, writable, self.sparse)
     }
 }
 

@@ -85,7 +85,11 @@ impl SourceVm {
     /// not touched.
     pub async fn open(vmm: Vmm) -> Result<SourceVm, StreamVmError> {
         let (facts, found) = check_source(&vmm).await?;
-        let ram = Arc::new(found.open(&vmm, false)?);
+        let ram = found.open(&vmm, false);
+        let ram = Arc::new(ram.map_err(|source| StreamVmError::Ram {
+            vm: vmm.name.clone(),
+            source,
+        })?);
         let pages = crate::vmm::source::PageRead::pages(&*ram);
         let feed = Arc::new(Feed::new(&vmm.name, pages));
         Ok(SourceVm {

@@ -42,7 +42,11 @@ impl TargetVm {
             doing: "setting up for its arrival",
             source,
         })?;
-        let ram = Arc::new(found.open(vmm, true)?);
+        let ram = found.open(vmm, true);
+        let ram = Arc::new(ram.map_err(|source| StreamVmError::Ram {
+            vm: vmm.name.clone(),
+            source,
+        })?);
         Ok(TargetVm {
             launched,
             ram,
