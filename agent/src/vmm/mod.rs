@@ -11,7 +11,8 @@
 //! is where they differ.
 //!
 //! [`qemu_stream`] reads and relays QEMU's own migration stream, the beginning of
-//! *stream mode*; no migration of a gang goes through it yet.
+//! *stream mode*; no migration of a gang goes through it yet. Nor through [`kvm_log`],
+//! for VMMs that answer KVM's own dirty log.
 
 pub mod definition;
 pub mod direct;
