@@ -111,7 +111,7 @@ fn measure(which: Which, ram_mib: u32, reps: u32, rows: &mut Vec<Row>) -> Result
     for share in SHARES {
         let pages = all / 100 * share;
         // Scattered as far as they go.
-        let stride = if share == 0 { 1 } else { 100 / share };
+        let stride = 100u32.checked_div(share).unwrap_or(1);
         let (mut rounds, mut guest) = (Vec::new(), Vec::new());
         for _ in 0..reps {
             guest.push(vm.write(
