@@ -72,6 +72,9 @@ impl Log {
     /// Every write after this returns is in a round. On failure the log is off.
     pub(crate) fn start(&mut self) -> io::Result<()> {
         self.stop()?;
+        if let Mode::Rings(rings) = &self.mode {
+            rings.begin();
+        }
         self.marks.clear();
         // Also when it fails half-way: some slots may log then.
         self.on = true;
@@ -88,9 +91,6 @@ impl Log {
         }
         for region in &self.regions {
             self.vm.log_region(region, false)?;
-        }
-        if let Mode::Rings(rings) = &self.mode {
-            rings.drain()?;
         }
         self.on = false;
         Ok(())

@@ -12,7 +12,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// The vCPU dirtied this page.
@@ -37,6 +37,8 @@ struct Inner {
     rings: Mutex<Vec<Ring>>,
     /// Where entries go; set when the link is made, before any log is on.
     marks: OnceLock<Marks>,
+    /// A ring has overflowed since the log was started.
+    lost: AtomicBool,
 }
 
 impl DirtyRings {
@@ -57,6 +59,7 @@ impl DirtyRings {
                     entries,
                     rings: Mutex::new(Vec::new()),
                     marks: OnceLock::new(),
+                    lost: AtomicBool::new(false),
                 })));
             }
         }
@@ -78,21 +81,44 @@ impl DirtyRings {
     /// many there were. For vCPUs whose ring is full.
     ///
     /// # Errors
-    /// KVM failed. Writes may be lost to the log then: the next round fails too.
+    /// KVM failed, or a ring has overflowed. Writes may be lost to the log then, so
+    /// every round fails until the log is started anew; the guest can run on.
     pub fn drain(&self) -> io::Result<u64> {
         let mut rings = self.lock();
         let mut taken = 0;
         for ring in rings.iter_mut() {
-            taken += ring.drain(|slot, page| {
+            let lost = self.0.lost.load(Ordering::Relaxed);
+            let from_ring = ring.drain(lost, |slot, page| {
                 if let Some(marks) = self.0.marks.get() {
                     marks.wrote_in_slot(slot, page);
                 }
             });
+            // KVM stops a vCPU some entries before its ring is full. One without
+            // a free entry may have been written over: seen where KVM emulates
+            // a guest, many instructions at a time.
+            if from_ring >= self.0.entries as u64 {
+                self.0.lost.store(true, Ordering::Relaxed);
+            }
+            taken += from_ring;
         }
         if taken > 0 {
-            self.0.vm.reset_dirty_rings()?;
+            let reset = self.0.vm.reset_dirty_rings();
+            reset.inspect_err(|_| self.0.lost.store(true, Ordering::Relaxed))?;
+        }
+        if self.0.lost.load(Ordering::Relaxed) {
+            return Err(io::Error::other(
+                "a dirty ring has overflowed, and writes were lost: make rings larger, or use bitmaps",
+            ));
         }
         Ok(taken)
+    }
+
+    /// A log begins: what was lost before is no concern of it. Call with the
+    /// log off.
+    pub(crate) fn begin(&self) {
+        // Empties the rings; that it fails is what is forgotten here.
+        let _earlier = self.drain();
+        self.0.lost.store(false, Ordering::Relaxed);
     }
 
     /// Where entries go from now on.
@@ -146,8 +172,21 @@ impl Ring {
         })
     }
 
-    fn drain(&mut self, mut f: impl FnMut(u32, u64)) -> u64 {
+    /// `lost`: entries were written over, and KVM may be ahead of us by some that
+    /// will never be marked as dirty.
+    fn drain(&mut self, lost: bool, mut f: impl FnMut(u32, u64)) -> u64 {
         let mut taken = 0;
+        let skip = if lost { self.ahead() } else { 0 };
+        for _ in 0..skip {
+            // SAFETY: within the mapping; KVM has passed this entry already.
+            unsafe {
+                let entry = self.entries.add(self.next % self.count).as_ptr();
+                let flags = AtomicU32::from_ptr(&raw mut (*entry).flags);
+                flags.store(RESET, Ordering::Release);
+            }
+            self.next = self.next.wrapping_add(1);
+            taken += 1;
+        }
         // No more than the ring holds, however fast the vCPU writes.
         while taken < self.count as u64 {
             // SAFETY: the index is within the mapping. KVM writes `slot` and
@@ -168,6 +207,21 @@ impl Ring {
             taken += 1;
         }
         taken
+    }
+}
+
+impl Ring {
+    /// How many entries that are not dirty lie before one that is.
+    fn ahead(&self) -> usize {
+        let dirty = |i: &usize| {
+            // SAFETY: within the mapping.
+            unsafe {
+                let entry = self.entries.add((self.next + i) % self.count).as_ptr();
+                let flags = AtomicU32::from_ptr(&raw mut (*entry).flags);
+                flags.load(Ordering::Acquire) & DIRTY != 0
+            }
+        };
+        (0..self.count).find(dirty).unwrap_or(0)
     }
 }
 

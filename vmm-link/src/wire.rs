@@ -352,26 +352,27 @@ impl<'a> Request<'a> {
 
     /// Appends the whole frame.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        let (kind, write): (u16, &dyn Fn(&mut Vec<u8>)) = match self {
-            Request::Hello => (HELLO, &|out| {
-                out.extend_from_slice(&MAGIC);
-                out.extend_from_slice(&VERSION.to_le_bytes());
-            }),
-            Request::Status => (STATUS, &|_| ()),
-            Request::StartLog => (START_LOG, &|_| ()),
-            Request::Round => (ROUND, &|_| ()),
-            Request::StopLog => (STOP_LOG, &|_| ()),
-            Request::Pause => (PAUSE, &|_| ()),
-            Request::Resume => (RESUME, &|_| ()),
-            Request::SaveState => (SAVE_STATE, &|_| ()),
-            Request::LoadState => (LOAD_STATE, &|_| ()),
-            Request::End => (END, &|_| ()),
-            Request::Chunk(bytes) => (CHUNK, &|out| out.extend_from_slice(bytes)),
-            Request::ChunksEnd(total) => (CHUNKS_END, &|out| {
-                out.extend_from_slice(&total.to_le_bytes())
-            }),
+        let total;
+        let (kind, body): (u16, &[&[u8]]) = match self {
+            Request::Hello => (HELLO, &[&MAGIC, &VERSION.to_le_bytes()]),
+            Request::Status => (STATUS, &[]),
+            Request::StartLog => (START_LOG, &[]),
+            Request::Round => (ROUND, &[]),
+            Request::StopLog => (STOP_LOG, &[]),
+            Request::Pause => (PAUSE, &[]),
+            Request::Resume => (RESUME, &[]),
+            Request::SaveState => (SAVE_STATE, &[]),
+            Request::LoadState => (LOAD_STATE, &[]),
+            Request::End => (END, &[]),
+            Request::Chunk(bytes) => (CHUNK, &[bytes]),
+            Request::ChunksEnd(bytes) => {
+                total = bytes.to_le_bytes();
+                (CHUNKS_END, &[&total])
+            }
         };
-        frame(out, kind, write);
+        frame(out, kind, |out| {
+            body.iter().for_each(|part| out.extend_from_slice(part))
+        });
     }
 }
 

@@ -35,7 +35,7 @@ pub(crate) const ALLOWED: &[(&str, usize)] = &[
     ("vmm-link/src/connection.rs", 1),
     ("vmm-link/src/kvm.rs", 7),
     ("vmm-link/src/memory.rs", 1),
-    ("vmm-link/src/ring.rs", 4),
+    ("vmm-link/src/ring.rs", 6),
 ];
 
 /// Code that ships, in which only those files may.

@@ -4,7 +4,7 @@
 use anyhow::{Context, Result};
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufReader, Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -46,7 +46,7 @@ impl Serial {
             .name("commands".into())
             .spawn(move || {
                 for client in listener.incoming().flatten() {
-                    for byte in client.bytes().map_while(Result::ok) {
+                    for byte in BufReader::new(client).bytes().map_while(Result::ok) {
                         let told = &mut ports.lock().told;
                         if told.len() < MOST {
                             told.push_back(byte);
