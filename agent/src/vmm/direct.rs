@@ -282,9 +282,10 @@ pub async fn resume_arrived(vmm: &Vmm, run: bool) -> Result<(), DirectError> {
             false => Ok(()),
         }
     };
-    // QEMU does what it is told in the order it is told: the guest runs first,
-    // and nobody waits for the settings one by one.
-    let (running, undone) = tokio::join!(biased; running, setup::undo(vmm));
+    // All at once, and QEMU does what it is told in the order it is told: while
+    // the guest stands still it answers at once, beside a guest that runs its
+    // main loop waits for a processor each time.
+    let (undone, running) = tokio::join!(biased; setup::undo(vmm), running);
     running?;
     // The guest runs; settings for its next move must not undo that.
     if let Err(error) = undone {
@@ -295,7 +296,13 @@ pub async fn resume_arrived(vmm: &Vmm, run: bool) -> Result<(), DirectError> {
 
 async fn resume(vmm: &Vmm) -> Result<(), DirectError> {
     let fail = |doing| qmp_error(vmm, doing);
+    let cursor = vmm.qmp.cursor();
     vmm.qmp.cont().await.map_err(fail("resuming it"))?;
+    // QEMU says so before it answers; of one that ran already it does not.
+    let told = vmm.qmp.events_since(cursor);
+    if told.is_ok_and(|events| events.iter().any(|event| event.name == "RESUME")) {
+        return Ok(());
+    }
     match vmm
         .qmp
         .status()
