@@ -32,6 +32,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite};
 
+/// How long QEMU may take to get over a migration that has failed.
+const FINISH_LIMIT: Duration = Duration::from_secs(2);
+
 fn qmp_error(vmm: &Vmm, doing: &'static str) -> impl FnOnce(QmpError) -> DirectError {
     let (vm, tail) = (vmm.name.clone(), vmm.log_tail());
     let said = if tail.is_empty() {
@@ -265,11 +268,26 @@ pub async fn roll_back(vmm: &Vmm, run: bool) -> Result<(), DirectError> {
         .await
         .map_err(fail("cancelling the move of its device state"))?;
     if run {
+        until_finished(vmm).await?;
         resume(vmm).await?;
     }
     setup::undo(vmm)
         .await
         .map_err(fail("taking back its migration settings"))
+}
+
+/// A QEMU whose migration has failed needs a moment more: until then it refuses
+/// to resume its guest ("Migration is not finalized yet").
+async fn until_finished(vmm: &Vmm) -> Result<(), DirectError> {
+    let deadline = Instant::now() + FINISH_LIMIT;
+    loop {
+        let state = vmm.qmp.status().await;
+        let state = state.map_err(qmp_error(vmm, "asking for its state"))?;
+        if state != RunState::FinishMigrate || Instant::now() > deadline {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
 }
 
 /// Lets a guest that has arrived run (or stand, unless `run`), and takes back
