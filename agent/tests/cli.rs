@@ -167,6 +167,8 @@ fn info(outcome: Option<Outcome>) -> MigrationInfo {
             name: "w1".into(),
             from: "a1".into(),
             to: "b1".into(),
+            kind: "qemu-direct".to_owned(),
+            not: Vec::new(),
             outcome: if arrived {
                 VmOutcome::Arrived
             } else {

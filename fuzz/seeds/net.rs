@@ -66,6 +66,7 @@ fn framed(envelopes: &[Envelope<'_>]) -> Vec<u8> {
 
 fn facts() -> SourceFacts {
     SourceFacts {
+        unfit: Vec::new(),
         vmm: VmFacts::QemuDirect(QemuFacts {
             name: "web1".to_owned(),
             ram_bytes: 2 << 30,

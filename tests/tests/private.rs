@@ -39,8 +39,17 @@ fn private_and_shared_ram_move_in_one_gang_and_share_their_pages() -> Result<()>
     let list = stage.cluster.agent("r2h2").run(&["vm", "list", "--json"])?;
     let vms: Vec<VmInfo> = serde_json::from_slice(&list.stdout)?;
     ensure!(vms.len() == 1 && vms[0].kind == "qemu-stream", "{vms:?}");
-    let why = vms[0].why.as_deref().unwrap_or_default();
+    let not = vms[0].kinds.iter().find(|info| info.kind == "qemu-direct");
+    let why = not.and_then(|info| info.why_not.as_deref());
+    let why = why.context("direct mode is said to be possible")?;
     ensure!(why.contains("memory-backend"), "{why}");
+    let told: Vec<_> = moved
+        .report
+        .vms
+        .iter()
+        .map(|vm| (&*vm.kind, vm.not.len()))
+        .collect();
+    ensure!(told == [("qemu-direct", 0), ("qemu-stream", 1)], "{told:?}");
     // There and back: what has arrived can leave again.
     stage.migrate(&mut gang, &[(0, "r1h2"), (1, "r1h1")], &[])?;
     drop(gang);

@@ -138,7 +138,7 @@ impl Arrival {
         arriving.then(|| VmInfo {
             name: self.name.clone(),
             kind: self.kind.to_string(),
-            why: None,
+            kinds: Vec::new(),
             status: match self.care.in_doubt() {
                 Some(_) => "in doubt".to_owned(),
                 None => "incoming".to_owned(),

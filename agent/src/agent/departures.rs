@@ -72,13 +72,14 @@ impl Agent {
         }
         self.journal.check().map_err(|e| e.to_string())?;
         self.settle_landing(name).await?;
-        let source = SourceVm::open(vm.vmm.clone(), vm.definition.kind)
+        let (source, unfit) = SourceVm::choose(vm.vmm.clone(), vm.definition.kind)
             .await
             .map_err(|e| chain(&e))?;
         let data_bytes =
             data_bytes(&*source.ram()).map_err(|e| format!("RAM of VM {name}: {e}"))?;
         Ok(SourceFacts {
             vmm: source.facts(),
+            unfit,
             data_bytes,
             definition: vm.definition.text.clone(),
         })

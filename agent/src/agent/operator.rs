@@ -134,7 +134,13 @@ impl Agent {
                 Err(_) => "unreachable".to_owned(),
             },
         };
-        let (kind, why) = self.vms.kind(vm).await;
+        let kinds = self.vms.kinds(vm).await;
+        let kind = match &kinds {
+            None => vm.definition.kind.to_string(),
+            Some(survey) => survey
+                .chosen
+                .map_or("none".to_owned(), |kind| kind.to_string()),
+        };
         let flight = self.open_gangs().into_iter().find_map(|gang| {
             let departures = gang.departures.borrow();
             let flight = departures
@@ -149,7 +155,7 @@ impl Agent {
         VmInfo {
             name: vm.definition.name.clone(),
             kind,
-            why,
+            kinds: kinds.as_ref().map(report::kind_infos).unwrap_or_default(),
             status,
             ram_bytes: vm.definition.ram_bytes,
             pages_scanned: vm.pages_scanned + scanned,

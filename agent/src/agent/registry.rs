@@ -5,8 +5,8 @@ use crate::api::{ApiError, ErrorKind};
 use crate::config::AgentConfig;
 use crate::gang::handover::chain;
 use crate::types::GangId;
-use crate::vmm::definition::{Definition, Kind, VmPaths};
-use crate::vmm::kinds::SourceVm;
+use crate::vmm::definition::{Definition, VmPaths};
+use crate::vmm::kinds::Survey;
 use crate::vmm::launch::{Launched, Role, Vmm, remove_files};
 use crate::vmm::qmp::RunState;
 use std::cell::RefCell;
@@ -26,8 +26,8 @@ pub(super) struct Vm {
     pub(super) pages_scanned: u64,
     /// As the last migration measured it.
     pub(super) dirty_bytes_per_s: Option<u64>,
-    /// Its kind, and why it is no better one, once both are known.
-    kind: Option<(Kind, Option<String>)>,
+    /// The kinds it allows, once they are known.
+    kinds: Option<Survey>,
 }
 
 /// See the module.
@@ -83,25 +83,18 @@ impl Registry {
         }
     }
 
-    /// How a VM can be moved, and why no better kind of moving is possible.
-    pub(super) async fn kind(&self, vm: &Vm) -> (String, Option<String>) {
-        if let Some((kind, why)) = &vm.kind {
-            return (kind.to_string(), why.clone());
+    /// How a VM can be moved; `None` while nothing new can be learned of one
+    /// that moves or has ended.
+    pub(super) async fn kinds(&self, vm: &Vm) -> Option<Survey> {
+        if vm.kinds.is_some() || vm.leaving.is_some() || !vm.vmm.process.is_alive() {
+            return vm.kinds.clone();
         }
-        // Of one that moves or has ended nothing new can be learned.
-        if vm.leaving.is_some() || !vm.vmm.process.is_alive() {
-            return (vm.definition.kind.to_string(), None);
+        let survey = Survey::of(&vm.vmm, vm.definition.kind).await;
+        // What was not possible may be after a remedy: asked again each time.
+        if survey.chosen.is_some() {
+            self.update(&vm.definition.name, |vm| vm.kinds = Some(survey.clone()));
         }
-        match SourceVm::choose(vm.vmm.clone(), vm.definition.kind).await {
-            Ok((source, why)) => {
-                let kind = source.facts().kind();
-                self.update(&vm.definition.name, |vm| {
-                    vm.kind = Some((kind, why.clone()))
-                });
-                (kind.to_string(), why)
-            }
-            Err(error) => ("none".to_owned(), Some(chain(&error))),
-        }
+        Some(survey)
     }
 
     /// Starts a VM from the definition `NAME.toml` of this host.
@@ -293,7 +286,7 @@ impl Vm {
             leaving: None,
             pages_scanned: 0,
             dirty_bytes_per_s: None,
-            kind: None,
+            kinds: None,
         }
     }
 }

@@ -3,8 +3,8 @@
 use super::Agent;
 use crate::api::metrics::MetricsText;
 use crate::api::types::{
-    CoreLoad, GangPhase, GangProgress, GangReport, LaneCounters, LoadSource, Outcome, PeerStatus,
-    TlsStatus, VmOutcome, VmPhase, VmProgress, VmReport,
+    CoreLoad, GangPhase, GangProgress, GangReport, KindInfo, LaneCounters, LoadSource, Outcome,
+    PeerStatus, TlsStatus, VmOutcome, VmPhase, VmProgress, VmReport,
 };
 use crate::gang::coordinator::GangState;
 use crate::gang::message::{CoreState, Phase, VmState};
@@ -12,6 +12,7 @@ use crate::gang::source::SourceGang;
 use crate::net::Security;
 use crate::net::rpc::PeerState;
 use crate::types::PAGE_SIZE;
+use crate::vmm::kinds::{Survey, Unfit};
 use std::time::UNIX_EPOCH;
 
 /// How far a gang is.
@@ -115,9 +116,30 @@ pub(super) fn tls_status(security: &Security) -> TlsStatus {
     }
 }
 
+/// Kinds that are not possible.
+fn not(unfit: &[Unfit]) -> Vec<KindInfo> {
+    let each = unfit.iter().map(|Unfit { kind, why }| KindInfo {
+        kind: kind.to_string(),
+        why_not: Some(why.clone()),
+    });
+    each.collect()
+}
+
+/// All kinds of a VM.
+pub(super) fn kind_infos(survey: &Survey) -> Vec<KindInfo> {
+    let possible = survey.possible.iter().map(|kind| KindInfo {
+        kind: kind.to_string(),
+        why_not: None,
+    });
+    possible.chain(not(&survey.unfit)).collect()
+}
+
 fn vm_report(state: &GangState, vm: &VmState) -> VmReport {
     let plan = &state.spec.vms[vm.vm.0 as usize];
+    let kinds = state.kinds.get(&vm.vm);
     VmReport {
+        kind: kinds.map(|(kind, _)| kind.to_string()).unwrap_or_default(),
+        not: kinds.map(|(_, unfit)| not(unfit)).unwrap_or_default(),
         name: plan.name.clone(),
         from: plan.from.clone(),
         to: plan.to.clone(),

@@ -40,7 +40,7 @@ fn vm(name: &str) -> VmInfo {
     VmInfo {
         name: name.to_owned(),
         kind: "qemu-direct".to_owned(),
-        why: None,
+        kinds: Vec::new(),
         status: "running".to_owned(),
         ram_bytes: 1 << 30,
         pages_scanned: 5,

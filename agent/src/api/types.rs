@@ -41,12 +41,13 @@ pub struct AdoptVm {
 pub struct VmInfo {
     /// Its name.
     pub name: String,
-    /// How it is reached: `qemu-direct` or `qemu-stream`; `none` if it cannot
+    /// How it is moved: `qemu-direct` or `qemu-stream`; `none` if it cannot
     /// be moved.
     pub kind: String,
-    /// Why no better kind is possible, if so.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub why: Option<String>,
+    /// All kinds, the possible ones first, the best of them first; empty while
+    /// it moves.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kinds: Vec<KindInfo>,
     /// QEMU's run state (`running`, `paused`, …) or what the agent does with
     /// it (`incoming`, `migrating`).
     pub status: String,
@@ -63,6 +64,16 @@ pub struct VmInfo {
     pub qmp: PathBuf,
     /// Dedup domain.
     pub domain: String,
+}
+
+/// Whether a VM can be moved in one way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KindInfo {
+    /// As in [`VmInfo::kind`].
+    pub kind: String,
+    /// Why it is not possible, and what would make it so; none if it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why_not: Option<String>,
 }
 
 /// How to run a migration.
@@ -334,6 +345,12 @@ pub struct VmReport {
     pub from: String,
     /// Target host.
     pub to: String,
+    /// How it was moved, as in [`VmInfo::kind`]; empty if it never came to that.
+    #[serde(default)]
+    pub kind: String,
+    /// The better kinds that were not possible, and why.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub not: Vec<KindInfo>,
     /// How it ended.
     pub outcome: VmOutcome,
     /// How long the guest stood still, ms; 0 if it was never stopped.
@@ -490,6 +507,8 @@ mod tests {
                 name: "v".into(),
                 from: "a".into(),
                 to: "b".into(),
+                kind: "qemu-direct".into(),
+                not: Vec::new(),
                 outcome: VmOutcome::Arrived,
                 downtime_ms: 1.5,
                 journal_ms: 0.5,
@@ -509,7 +528,8 @@ mod tests {
             serde_json::json!({
                 "gang": "web", "id": "00", "outcome": "partial", "total_ms": 5, "core_bytes": 6,
                 "vms": [{
-                    "name": "v", "from": "a", "to": "b", "outcome": "arrived",
+                    "name": "v", "from": "a", "to": "b", "kind": "qemu-direct",
+                    "outcome": "arrived",
                     "downtime_ms": 1.5, "journal_ms": 0.5, "rounds": 2, "verified": true,
                     "pages": {"total": 0, "zero": 0, "sent": 0, "compressed": 0,
                               "reference": 0, "unchanged": 0, "resent": 0},

@@ -209,6 +209,10 @@ pub fn report(report: &GangReport) -> String {
         let _ = writeln!(text, "{}", lost_line(lost));
     }
     for vm in &report.vms {
+        for KindInfo { kind, why_not } in &vm.not {
+            let why = why_not.as_deref().unwrap_or_default();
+            let _ = writeln!(text, "{} went as {}, not {kind}: {why}", vm.name, vm.kind);
+        }
         if let Some(error) = &vm.error {
             let _ = writeln!(text, "{}: {error}", vm.name);
         }
@@ -299,12 +303,26 @@ pub fn vm_table(vms: &[VmInfo]) -> String {
         ]);
     }
     let mut text = lines(&table).trim_end().to_owned();
-    for vm in vms {
-        if let Some(why) = &vm.why {
-            text.push_str(&format!("\n{} is {}: {why}", vm.name, vm.kind));
-        }
+    for vm in vms.iter().filter(|vm| !vm.kinds.is_empty()) {
+        let _ = write!(text, "\n{}: {}", vm.name, kinds(vm));
     }
     text
+}
+
+/// Which way of moving a VM is chosen, which others are possible, and why the
+/// rest are not.
+fn kinds(vm: &VmInfo) -> String {
+    let mut words = vec![match vm.kind.as_str() {
+        "none" => "cannot be moved".to_owned(),
+        kind => format!("moved as {kind}"),
+    }];
+    for info in vm.kinds.iter().filter(|info| info.kind != vm.kind) {
+        words.push(match &info.why_not {
+            None => format!("{} is possible too", info.kind),
+            Some(why) => format!("not {}: {why}", info.kind),
+        });
+    }
+    words.join("; ")
 }
 
 /// The agent's state.

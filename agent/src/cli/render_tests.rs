@@ -96,6 +96,8 @@ fn a_report() {
         name: name.to_owned(),
         from: "a1".to_owned(),
         to: "b1".to_owned(),
+        kind: "qemu-direct".to_owned(),
+        not: Vec::new(),
         outcome,
         downtime_ms: 87.4,
         journal_ms: 0.0,
@@ -159,10 +161,14 @@ fn a_report() {
 #[test]
 fn tables_of_vms() {
     assert!(vm_table(&[]).contains("drover vm run"));
+    let kind = |kind: &str, why_not: Option<&str>| KindInfo {
+        kind: kind.to_owned(),
+        why_not: why_not.map(str::to_owned),
+    };
     let vm = VmInfo {
         name: "web1".to_owned(),
         kind: "qemu-direct".to_owned(),
-        why: None,
+        kinds: vec![kind("qemu-direct", None), kind("qemu-stream", None)],
         status: "running".to_owned(),
         ram_bytes: 2 << 30,
         pages_scanned: 524_288,
@@ -174,7 +180,10 @@ fn tables_of_vms() {
     let fresh = VmInfo {
         name: "web2".to_owned(),
         kind: "qemu-stream".to_owned(),
-        why: Some("guest RAM is private".to_owned()),
+        kinds: vec![
+            kind("qemu-stream", None),
+            kind("qemu-direct", Some("guest RAM is private")),
+        ],
         dirty_bytes_per_s: None,
         pages_scanned: 0,
         ..vm.clone()
@@ -186,7 +195,8 @@ fn tables_of_vms() {
         "VM    kind         status       RAM  scanned  dirty/s   pid\n\
          web1  qemu-direct  running  2.0 GiB  2.0 GiB  3.8 MiB  1234\n\
          web2  qemu-stream  running  2.0 GiB      0 B        -  1234\n\
-         web2 is qemu-stream: guest RAM is private"
+         web1: moved as qemu-direct; qemu-stream is possible too\n\
+         web2: moved as qemu-stream; not qemu-direct: guest RAM is private"
     );
 }
 

@@ -19,6 +19,8 @@ use super::message::{
 };
 use super::moments::{Moment, Moments};
 use crate::types::VmIndex;
+use crate::vmm::definition::Kind;
+use crate::vmm::kinds::Unfit;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -58,6 +60,9 @@ pub struct GangState {
     pub spec: GangSpec,
     /// One entry a VM, in the order of the plan.
     pub vms: Vec<VmState>,
+    /// How each VM is moved, and the better kinds that were not possible, once
+    /// its source has said so.
+    pub kinds: BTreeMap<VmIndex, (Kind, Vec<Unfit>)>,
     /// The core link as the first source agent sees it.
     pub core: CoreState,
     /// Migration bytes that crossed the core link, both directions, as the
@@ -99,6 +104,7 @@ impl<C: Caller> Gang<C> {
             state: RefCell::new(GangState {
                 spec,
                 vms,
+                kinds: BTreeMap::new(),
                 core: CoreState::default(),
                 core_bytes: 0,
                 total_ms: 0.0,
@@ -244,7 +250,7 @@ impl<C: Caller> Gang<C> {
     }
 
     async fn check_all(self: &Rc<Self>) -> BTreeMap<VmIndex, SourceFacts> {
-        self.each(|caller, _, plan| async move {
+        let facts = self.each(|caller, _, plan| async move {
             let request = GangRequest::CheckSource {
                 vm: plan.name.clone(),
             };
@@ -258,8 +264,13 @@ impl<C: Caller> Gang<C> {
             };
             done(&plan.to, caller.call(&plan.to, request, CHECK_LIMIT).await?)?;
             Ok(facts)
-        })
-        .await
+        });
+        let facts: BTreeMap<VmIndex, SourceFacts> = facts.await;
+        let kinds = facts
+            .iter()
+            .map(|(vm, facts)| (*vm, (facts.vmm.kind(), facts.unfit.clone())));
+        self.state.borrow_mut().kinds.extend(kinds);
+        facts
     }
 
     /// Opens the gang at every agent. VMs whose agents refuse fail.

@@ -8,7 +8,7 @@ pub use super::progress::{LostAgent, StopTimes};
 
 use super::handover::machine::{Whose, Word};
 use crate::types::{GangId, HolderId, VmIndex};
-use crate::vmm::kinds::VmFacts;
+use crate::vmm::kinds::{Unfit, VmFacts};
 use serde::{Deserialize, Serialize};
 
 /// How page contents are compressed on the core link.
@@ -172,6 +172,8 @@ fn index((i, vm): (usize, &GangVm)) -> (VmIndex, &GangVm) {
 pub struct SourceFacts {
     /// What the VMM and its RAM are like.
     pub vmm: VmFacts,
+    /// The better kinds of moving that its source found not possible.
+    pub unfit: Vec<Unfit>,
     /// Bytes of guest RAM that hold data (the rest was never touched).
     pub data_bytes: u64,
     /// The VM's definition, as TOML.

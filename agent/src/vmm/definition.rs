@@ -41,6 +41,19 @@ pub enum Kind {
     QemuStream,
 }
 
+impl Kind {
+    /// All that can be chosen, the best first.
+    pub const BEST_FIRST: [Kind; 2] = [Kind::QemuDirect, Kind::QemuStream];
+
+    /// The kinds that this wish leaves open, the best first.
+    pub fn candidates(self) -> Vec<Kind> {
+        match self {
+            Kind::Auto => Self::BEST_FIRST.to_vec(),
+            one => vec![one],
+        }
+    }
+}
+
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -70,13 +70,56 @@ pub enum KindError {
     #[error(transparent)]
     Stream(#[from] Box<StreamVmError>),
     /// No kind takes the VM.
-    #[error("{direct}; and in stream mode: {stream}")]
-    None {
-        /// Why not direct mode, with its causes.
-        direct: String,
-        /// Why not stream mode.
-        stream: String,
-    },
+    #[error("{}", told(.0))]
+    None(Vec<Unfit>),
+}
+
+/// A kind that does not take a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unfit {
+    /// Which.
+    pub kind: Kind,
+    /// Why, with causes and remedy.
+    pub why: String,
+}
+
+fn told(unfit: &[Unfit]) -> String {
+    let each = unfit
+        .iter()
+        .map(|Unfit { kind, why }| format!("not {kind}: {why}"));
+    each.collect::<Vec<_>>().join("; ")
+}
+
+/// The kinds of moving that a VM allows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Survey {
+    /// Those that are possible, the best first.
+    pub possible: Vec<Kind>,
+    /// Those that are not.
+    pub unfit: Vec<Unfit>,
+    /// The one that is taken.
+    pub chosen: Option<Kind>,
+}
+
+impl Survey {
+    /// Tries each kind on a VM of this host, as [`SourceVm::open`] does: the VM
+    /// is not touched.
+    pub async fn of(vmm: &Vmm, wanted: Kind) -> Survey {
+        let mut survey = Survey::default();
+        for kind in Kind::BEST_FIRST {
+            match SourceVm::of_kind(vmm.clone(), kind).await {
+                Ok(_) => survey.possible.push(kind),
+                Err(error) => survey.unfit.push(Unfit {
+                    kind,
+                    why: chain(&error),
+                }),
+            }
+        }
+        let wanted = wanted.candidates();
+        let mut chosen = survey.possible.iter().filter(|kind| wanted.contains(kind));
+        survey.chosen = chosen.next().copied();
+        survey
+    }
 }
 
 /// Where the scan thread gets pages from.
@@ -104,28 +147,32 @@ impl SourceVm {
         Ok(Self::choose(vmm, wanted).await?.0)
     }
 
-    /// [`Self::open`]; with it why no better kind was chosen, if none could be.
-    pub async fn choose(vmm: Vmm, wanted: Kind) -> Result<(SourceVm, Option<String>), KindError> {
-        let stream = async |vmm| {
-            let opened = stream::SourceVm::open(vmm).await;
-            opened.map(|vm| SourceVm::Stream(Box::new(vm)))
-        };
-        match wanted {
-            Kind::QemuDirect => Ok((SourceVm::Direct(direct::SourceVm::open(vmm).await?), None)),
-            Kind::QemuStream => Ok((stream(vmm).await.map_err(boxed)?, None)),
-            Kind::Auto => {
-                let error = match direct::SourceVm::open(vmm.clone()).await {
-                    Ok(vm) => return Ok((SourceVm::Direct(vm), None)),
-                    Err(error) => chain(&error),
-                };
-                match stream(vmm).await {
-                    Ok(vm) => Ok((vm, Some(error))),
-                    Err(stream) => Err(KindError::None {
-                        direct: error,
-                        stream: chain(&stream),
-                    }),
-                }
+    /// [`Self::open`]; with it the better kinds that were not possible.
+    pub async fn choose(vmm: Vmm, wanted: Kind) -> Result<(SourceVm, Vec<Unfit>), KindError> {
+        if wanted != Kind::Auto {
+            return Ok((Self::of_kind(vmm, wanted).await?, Vec::new()));
+        }
+        let mut unfit = Vec::new();
+        for kind in Kind::BEST_FIRST {
+            match Self::of_kind(vmm.clone(), kind).await {
+                Ok(vm) => return Ok((vm, unfit)),
+                Err(error) => unfit.push(Unfit {
+                    kind,
+                    why: chain(&error),
+                }),
             }
+        }
+        Err(KindError::None(unfit))
+    }
+
+    async fn of_kind(vmm: Vmm, kind: Kind) -> Result<SourceVm, KindError> {
+        match kind {
+            Kind::QemuDirect => Ok(SourceVm::Direct(direct::SourceVm::open(vmm).await?)),
+            Kind::QemuStream => {
+                let vm = stream::SourceVm::open(vmm).await.map_err(boxed)?;
+                Ok(SourceVm::Stream(Box::new(vm)))
+            }
+            Kind::Auto => Box::pin(Self::open(vmm, kind)).await,
         }
     }
 

@@ -3,7 +3,7 @@
 
 use crate::harness::*;
 use crate::private::{Private, Role};
-use drover::vmm::qemu_stream::{Identity, Limits, StreamRelay};
+use drover::vmm::qemu_stream::{Limits, StreamRelay};
 use drover::vmm::qmp::MigrationStatus;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixListener;
@@ -77,7 +77,7 @@ fn the_rate_through_the_relay_is_told_beside_that_without() {
                 let (connect, idle) = (LIMIT, LIMIT);
                 let relay = StreamRelay::offer("vm", &near, Limits { connect, idle }).unwrap();
                 let far = far.clone();
-                tokio::spawn(async move { relay.run(&far, Identity).await })
+                tokio::spawn(async move { relay.run(&far).await })
             });
             let at = if relaying.is_some() { &near } else { &far };
             source.leave(at).await;

@@ -2,8 +2,10 @@
 
 use crate::harness::*;
 use crate::private::{Private, Role};
+use drover::vmm::qemu_stream::main_channel::StreamParser;
+use drover::vmm::qemu_stream::write::StreamWriter;
 use drover::vmm::qemu_stream::{
-    Fault, Identity, Limits, RawFrom, Refusal, RelayError, StreamRelay, StreamReport,
+    Fault, Limits, Parse, RawFrom, Refusal, RelayError, StreamRelay, StreamReport,
 };
 use drover::vmm::qmp::MigrationStatus;
 use std::collections::BTreeMap;
@@ -93,8 +95,20 @@ fn relaying(host: &Host, to: &Path) -> (PathBuf, Relaying) {
     let at = host.dir.join("relay");
     let relay = StreamRelay::offer("vm", &at, LIMITS).unwrap();
     let to = to.to_owned();
-    let running = tokio::spawn(async move { relay.run(&to, Identity).await });
+    let running = tokio::spawn(async move { relay.run(&to).await });
     (at, running)
+}
+
+/// A main connection's bytes, taken apart and written again.
+fn rewritten(bytes: &[u8]) -> Vec<u8> {
+    let (mut parser, mut writer) = (StreamParser::default(), StreamWriter::default());
+    let (mut at, mut out) = (0, Vec::with_capacity(bytes.len()));
+    while let Some((item, used)) = parser.next(&bytes[at..]).unwrap() {
+        at += used;
+        writer.write(item, &mut out).unwrap();
+    }
+    parser.finish(bytes.len() - at).unwrap();
+    out
 }
 
 /// What arrives is what was sent, and the guest lives on with it.
@@ -132,6 +146,7 @@ fn moves(accel: Accel, channels: Option<u8>) {
         }
         assert_eq!(arrived.len(), sent.len());
         let [there, back] = &sent[&None];
+        assert!(rewritten(there) == *there, "items make other bytes");
         assert_eq!(report.main.bytes, there.len() as u64);
         assert_eq!(report.back, back.len() as u64);
         assert_eq!(report.raw, Some(RawFrom::DeviceState));

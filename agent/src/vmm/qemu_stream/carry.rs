@@ -2,7 +2,7 @@
 
 use super::cut::Parse;
 use super::error::StreamError;
-use super::route::{Sink, SinkError};
+use super::sink::{Sink, SinkError};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 use std::io;
@@ -48,6 +48,9 @@ where
         while let Some((item, used)) = parser.next(&buffer[start..end])? {
             start += used;
             sink.take(item)?;
+        }
+        if start > 0 {
+            sink.bytes(&buffer[..start])?;
         }
         // What is left is shorter than a record.
         buffer.copy_within(start..end, 0);

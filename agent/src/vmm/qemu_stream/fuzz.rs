@@ -7,8 +7,8 @@ use super::error::StreamError;
 use super::item::{Item, PageHead, Phase};
 use super::main_channel::StreamParser;
 use super::multifd::{MAX_PAGES, PacketItem, PacketParser};
-use super::queue::ITEM_BYTES;
 use super::reply::{Reply, ReplyParser};
+use super::sink::ITEM_BYTES;
 use super::write::StreamWriter;
 
 /// An item that is more than bytes to pass on.

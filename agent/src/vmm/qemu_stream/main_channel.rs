@@ -12,7 +12,7 @@ use super::blocks::{BlockId, Blocks};
 use super::cut::{Cut, Parse, Stop, cut_one, expected};
 use super::error::{Fault, Refusal, StreamError, shown};
 use super::item::{Item, PageHead, Phase, RawFrom, Tally};
-use super::queue::ITEM_BYTES;
+use super::sink::ITEM_BYTES;
 use crate::types::PAGE_SIZE;
 
 /// `QEVM`.

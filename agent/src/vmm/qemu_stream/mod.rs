@@ -4,11 +4,10 @@
 //! [`main_channel`] cuts the stream of the main connection into [`Item`]s and
 //! [`write`] makes the same bytes of them; [`multifd`] does both for multifd's
 //! connections, [`reply`] for what the target answers, and [`channel`] tells
-//! connections apart. None of these does I/O. [`relay`] stands between two
-//! QEMUs on one host, as threads of [`carry`] with a bounded [`queue`] for each
-//! connection. What is done with items between parser and writer is a
-//! [`Route`]; there is one, [`Identity`], that changes nothing. Stream mode
-//! ([`super::stream`]) takes the items of the main connection for itself.
+//! connections apart. None of these does I/O. [`carry`] reads a connection and
+//! hands its items to a [`Sink`]: that of stream mode ([`super::stream`]), or that
+//! of [`relay`], which stands between two QEMUs on one host, looks at everything
+//! and changes nothing.
 //!
 //! What is parsed, and what is not, is in `docs/vmm-qemu-stream.md`.
 
@@ -21,11 +20,10 @@ pub mod fuzz;
 mod item;
 pub mod main_channel;
 pub mod multifd;
-pub mod queue;
 mod relay;
 pub mod reply;
-mod route;
 mod session;
+mod sink;
 pub mod write;
 
 #[cfg(test)]
@@ -43,5 +41,5 @@ pub use error::{Fault, Refusal, StreamError};
 pub use item::{Item, PageHead, Phase, RawFrom, Tally};
 pub(in crate::vmm) use main_channel::FOOTER;
 pub use relay::{ChannelReport, Limits, RelayError, StreamRelay, StreamReport};
-pub use route::{Identity, Route, Sink, SinkError};
 pub use session::{Channel, MAX_MULTIFD};
+pub use sink::{ITEM_BYTES, Sink, SinkError};

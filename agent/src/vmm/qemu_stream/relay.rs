@@ -3,7 +3,6 @@
 
 use super::error::{Fault, StreamError};
 use super::item::{RawFrom, Tally};
-use super::route::Route;
 use super::session::{Channel, MAX_MULTIFD, Session};
 use std::fs::{self, Permissions};
 use std::io;
@@ -232,9 +231,9 @@ impl StreamRelay {
     /// confirmed it, and the source has heard so. Which of them may run is
     /// decided elsewhere. With an error: see [`RelayError`]; a target may have it
     /// all nevertheless, when what was lost is its confirmation.
-    pub async fn run<R: Route>(self, target: &Path, route: R) -> Result<StreamReport, RelayError> {
+    pub async fn run(self, target: &Path) -> Result<StreamReport, RelayError> {
         let Limits { connect, idle } = self.limits;
-        let session = Session::new(self.vm.clone(), target.to_owned(), self.limits, route);
+        let session = Session::new(self.vm.clone(), target.to_owned(), self.limits);
         let mut threads = Threads {
             session: Arc::new(session),
             handles: Vec::new(),
@@ -295,12 +294,12 @@ impl Drop for StreamRelay {
 }
 
 /// The threads of the connections; dropped, they have ended.
-struct Threads<R: Route> {
-    session: Arc<Session<R>>,
+struct Threads {
+    session: Arc<Session>,
     handles: Vec<JoinHandle<()>>,
 }
 
-impl<R: Route> Threads<R> {
+impl Threads {
     fn spawn(
         &mut self,
         source: UnixStream,
@@ -335,7 +334,7 @@ impl<R: Route> Threads<R> {
     }
 }
 
-impl<R: Route> Drop for Threads<R> {
+impl Drop for Threads {
     fn drop(&mut self) {
         self.session.close();
         for handle in self.handles.drain(..) {

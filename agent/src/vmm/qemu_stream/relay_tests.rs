@@ -2,7 +2,6 @@
 
 use super::error::{Fault, Refusal};
 use super::relay::{Limits, RelayError, StreamRelay, StreamReport};
-use super::route::Identity;
 use super::samples;
 use super::session::MAX_MULTIFD;
 use std::io::{Read, Write};
@@ -43,7 +42,7 @@ impl Play {
                 let relay = StreamRelay::offer("web1", &near, limits).unwrap();
                 offered.send(()).unwrap();
                 tokio::select! {
-                    outcome = relay.run(&far, Identity) => outcome,
+                    outcome = relay.run(&far) => outcome,
                     Ok(()) = given_up => Err(RelayError::Closed { vm: "web1".into() }),
                 }
             })

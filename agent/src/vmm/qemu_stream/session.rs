@@ -1,23 +1,23 @@
 //! The threads of one migration, and what they share.
 //!
-//! Each connection has a thread that reads and parses it and one that writes
-//! to the target's QEMU; the main connection has a third for the return path.
+//! Each connection has a thread that reads it, parses it and writes it to the
+//! target's QEMU; the main connection has a second for the return path. A
+//! further one for writing would cost more in turns than it gains.
 //! They block in the kernel without limits of their own: whoever fails first
 //! says why and shuts all sockets down, which wakes the others. So both QEMUs see
 //! their migration end, and neither can take what it has for the whole.
 
-use super::carry::{CarryError, carry};
+use super::carry::{CarryError, READ_BYTES, carry};
 use super::channel::{FIRST, Kind, kind};
 use super::cut::Parse;
 use super::error::{Fault, StreamError};
 use super::main_channel::StreamParser;
 use super::multifd::PacketParser;
-use super::queue::{CHUNK_BYTES, ChunkReceiver, Drained, queue};
 use super::relay::{ChannelReport, Limits, RelayError, StreamReport};
-use super::reply::{Reply, ReplyParser};
-use super::route::{Route, Sink, SinkError};
+use super::reply::ReplyParser;
+use super::sink::{SinkError, Verbatim};
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -74,24 +74,22 @@ struct State {
 
 /// What the threads of one migration share.
 #[derive(Debug)]
-pub(super) struct Session<R> {
+pub(super) struct Session {
     pub(super) vm: Arc<str>,
     pub(super) target: PathBuf,
     pub(super) limits: Limits,
-    route: R,
     /// Bytes read and bytes written, of all connections.
     moved: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
 }
 
-impl<R: Route> Session<R> {
-    pub(super) fn new(vm: Arc<str>, target: PathBuf, limits: Limits, route: R) -> Session<R> {
+impl Session {
+    pub(super) fn new(vm: Arc<str>, target: PathBuf, limits: Limits) -> Session {
         Session {
             vm,
             target,
             limits,
-            route,
             moved: AtomicU64::new(0),
             state: Mutex::new(State {
                 sockets: Vec::new(),
@@ -174,16 +172,15 @@ impl<R: Route> Session<R> {
         })?;
         let target = self.reach_target()?;
         self.pass(|_| Ok(Main::Open))?;
-        let (to, chunks) = queue();
-        let sink = self.route.main(to);
         let mut parser = StreamParser::default();
         let mut replies = ReplyParser::default();
         let whole = thread::scope(|scope| {
             let back = scope.spawn(|| self.run(|| self.back(&target, source, &mut replies)));
-            let writing = scope.spawn(|| self.run(|| self.drain(chunks, &target, Channel::Main)));
-            let read = self.run(|| self.read(source, first, &mut parser, sink, Channel::Main));
-            let [back, written] = [back, writing].map(joined);
-            read && back && written
+            let there = self.run(|| {
+                let carried = self.carry(source, &first, &mut parser, &target);
+                carried.map_err(|error| self.error(Channel::Main, error))
+            });
+            joined(back) && there
         });
         let mut state = self.state();
         state.report.main = ChannelReport {
@@ -206,56 +203,26 @@ impl<R: Route> Session<R> {
     ) -> Result<(), RelayError> {
         self.wait_for_main()?;
         let target = self.reach_target()?;
-        let (to, chunks) = queue();
-        let sink = self.route.multifd(to);
         let mut parser = PacketParser::default();
-        thread::scope(|scope| {
-            scope.spawn(|| self.run(|| self.drain(chunks, &target, channel)));
-            self.run(|| self.read(source, first, &mut parser, sink, channel));
-        });
+        let carried = self.carry(source, &first, &mut parser, &target);
+        let outcome = carried.map_err(|error| self.error(channel, error));
         self.state().report.multifd.push(ChannelReport {
             bytes: parser.offset(),
             tally: parser.tally(),
         });
-        Ok(())
+        outcome
     }
 
-    fn read<P, S>(
+    /// One direction of one connection, as it is.
+    fn carry<P: Parse>(
         &self,
-        source: &UnixStream,
-        first: [u8; FIRST],
+        from: &UnixStream,
+        first: &[u8],
         parser: &mut P,
-        sink: S,
-        channel: Channel,
-    ) -> Result<(), RelayError>
-    where
-        P: Parse,
-        S: for<'a> Sink<P::Item<'a>>,
-    {
-        carry(source, &first, parser, sink, |n| self.count(n)).map_err(|error| match error {
-            CarryError::Read(source) => self.read_error(channel, source),
-            CarryError::Stream(source) => self.stream_error(channel, source),
-            CarryError::Sink(source) => self.sink_error(channel, source),
-        })
-    }
-
-    fn drain(
-        &self,
-        chunks: ChunkReceiver,
-        target: &UnixStream,
-        channel: Channel,
-    ) -> Result<(), RelayError> {
-        match chunks.drain(target, |n| self.count(n)) {
-            // The end of one direction is the end of that direction only: the
-            // target still answers. It may also have gone, having it all.
-            Ok(Drained::Whole) => {
-                let _ = target.shutdown(Shutdown::Write);
-                Ok(())
-            }
-            // Who broke off says why.
-            Ok(Drained::Broken) => Ok(()),
-            Err(source) => Err(self.write_error(channel, source)),
-        }
+        to: &UnixStream,
+    ) -> Result<(), CarryError> {
+        let sink = Verbatim::new(to, |n| self.count(n));
+        carry(from, first, parser, sink, |n| self.count(n))
     }
 
     /// The return path, up to SHUT. Nothing is ever added to it, above all not
@@ -266,20 +233,16 @@ impl<R: Route> Session<R> {
         source: &UnixStream,
         replies: &mut ReplyParser,
     ) -> Result<(), RelayError> {
-        let channel = Channel::Return;
-        carry(target, &[], replies, Back(source), |n| self.count(n)).map_err(
-            |error| match error {
-                CarryError::Read(source) => self.read_error(channel, source),
-                CarryError::Stream(StreamError {
-                    fault: Fault::Ended { .. },
-                    ..
-                }) => RelayError::Unconfirmed {
-                    vm: self.vm.clone(),
-                },
-                CarryError::Stream(source) => self.stream_error(channel, source),
-                CarryError::Sink(source) => self.sink_error(channel, source),
+        let carried = self.carry(target, &[], replies, source);
+        carried.map_err(|error| match error {
+            CarryError::Stream(StreamError {
+                fault: Fault::Ended { .. },
+                ..
+            }) => RelayError::Unconfirmed {
+                vm: self.vm.clone(),
             },
-        )?;
+            other => self.error(Channel::Return, other),
+        })?;
         match replies.shut() {
             Some(value @ 1..) => Err(RelayError::TargetFailed {
                 vm: self.vm.clone(),
@@ -298,7 +261,7 @@ impl<R: Route> Session<R> {
             socket.connect(&socket2::SockAddr::unix(&self.target)?)?;
             socket.set_write_timeout(None)?;
             // Twice the usual: fewer turns of both QEMUs and the relay for the same bytes.
-            socket.set_send_buffer_size(CHUNK_BYTES)?;
+            socket.set_send_buffer_size(READ_BYTES)?;
             Ok(UnixStream::from(std::os::fd::OwnedFd::from(socket)))
         };
         self.hold(connected().map_err(|source| RelayError::Target {
@@ -350,6 +313,14 @@ impl<R: Route> Session<R> {
         self.moved.fetch_add(bytes as u64, Relaxed);
     }
 
+    fn error(&self, channel: Channel, error: CarryError) -> RelayError {
+        match error {
+            CarryError::Read(source) => self.read_error(channel, source),
+            CarryError::Stream(source) => self.stream_error(channel, source),
+            CarryError::Sink(source) => self.sink_error(channel, source),
+        }
+    }
+
     fn read_error(&self, channel: Channel, source: io::Error) -> RelayError {
         RelayError::Read {
             vm: self.vm.clone(),
@@ -394,23 +365,4 @@ fn joined(thread: thread::ScopedJoinHandle<'_, bool>) -> bool {
     thread
         .join()
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-}
-
-/// The return path is small, and goes on at once.
-struct Back<'a>(&'a UnixStream);
-
-impl Sink<Reply<'_>> for Back<'_> {
-    fn take(&mut self, reply: Reply<'_>) -> Result<(), SinkError> {
-        Ok(self.0.write_all(reply.bytes())?)
-    }
-
-    fn flush(&mut self) -> Result<(), SinkError> {
-        Ok(())
-    }
-
-    fn end(self) -> Result<(), SinkError> {
-        // The source may have gone, having heard SHUT.
-        let _ = self.0.shutdown(Shutdown::Write);
-        Ok(())
-    }
 }
