@@ -150,7 +150,7 @@ impl Agent {
             tracing::error!(vm = %arrival.name, %why, "VM cannot be let run");
             arrival.care.because(&why);
             // A VMM that was ended in order says so before it stops listening.
-            if vmm.qmp.ended_unresumed() {
+            if vmm.ended_unresumed() {
                 return TargetEvent::Died;
             }
             return match vmm.process.is_alive() {

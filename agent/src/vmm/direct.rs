@@ -127,7 +127,7 @@ impl SourceVm {
             })
             .await;
             if was_running {
-                vmm.qmp
+                vmm.qmp()?
                     .cont()
                     .await
                     .map_err(qmp_error(&vmm, "resuming it"))?;
@@ -148,7 +148,7 @@ impl SourceVm {
 
     /// Whether the guest runs.
     pub async fn is_running(&self) -> Result<bool, DirectError> {
-        let asked = self.vmm.qmp.status().await;
+        let asked = self.vmm.qmp()?.status().await;
         let state = asked.map_err(qmp_error(&self.vmm, "asking for its state"))?;
         Ok(state == RunState::Running)
     }
@@ -162,7 +162,7 @@ impl SourceVm {
     /// What the VMM has to be told before [`Self::state_out`]; the guest may
     /// run meanwhile. [`Self::roll_back`] takes it back.
     pub async fn prepare_state_out(&self) -> Result<(), DirectError> {
-        let set_up = setup::apply(&self.vmm, Move::DeviceState).await;
+        let set_up = setup::apply(self.vmm.qmp()?, Move::DeviceState).await;
         set_up.map_err(qmp_error(
             &self.vmm,
             "setting up the move of its device state",
@@ -201,7 +201,7 @@ impl SourceVm {
     /// Sends the device state to the Unix socket `socket`, where somebody listens.
     pub async fn push_state(&self, socket: &Path, limit: Duration) -> Result<(), DirectError> {
         let vmm = &self.vmm;
-        let qmp = &vmm.qmp;
+        let qmp = vmm.qmp()?;
         let fail = |doing| qmp_error(vmm, doing);
         let state = qmp.status().await.map_err(fail("asking for its state"))?;
         if state == RunState::Running {
@@ -262,7 +262,7 @@ impl SourceVm {
 /// leave guest RAM behind. Works from every state, also for an agent that has
 /// been restarted meanwhile; guest RAM is as the guest left it.
 pub async fn roll_back(vmm: &Vmm, run: bool) -> Result<(), DirectError> {
-    let qmp = &vmm.qmp;
+    let qmp = vmm.qmp()?;
     let fail = |doing| qmp_error(vmm, doing);
     qmp.cancel_migration()
         .await
@@ -271,7 +271,7 @@ pub async fn roll_back(vmm: &Vmm, run: bool) -> Result<(), DirectError> {
         until_finished(vmm).await?;
         resume(vmm).await?;
     }
-    setup::undo(vmm)
+    setup::undo(qmp)
         .await
         .map_err(fail("taking back its migration settings"))
 }
@@ -279,9 +279,10 @@ pub async fn roll_back(vmm: &Vmm, run: bool) -> Result<(), DirectError> {
 /// A QEMU whose migration has failed needs a moment more: until then it refuses
 /// to resume its guest ("Migration is not finalized yet").
 async fn until_finished(vmm: &Vmm) -> Result<(), DirectError> {
+    let qmp = vmm.qmp()?;
     let deadline = Instant::now() + FINISH_LIMIT;
     loop {
-        let state = vmm.qmp.status().await;
+        let state = qmp.status().await;
         let state = state.map_err(qmp_error(vmm, "asking for its state"))?;
         if state != RunState::FinishMigrate || Instant::now() > deadline {
             return Ok(());
@@ -294,6 +295,7 @@ async fn until_finished(vmm: &Vmm) -> Result<(), DirectError> {
 /// what its VMM was set up with to receive it. Only after the point of no
 /// return; also for an agent that has been restarted meanwhile.
 pub async fn resume_arrived(vmm: &Vmm, run: bool) -> Result<(), DirectError> {
+    let qmp = vmm.qmp()?;
     let running = async {
         match run {
             true => resume(vmm).await,
@@ -303,7 +305,7 @@ pub async fn resume_arrived(vmm: &Vmm, run: bool) -> Result<(), DirectError> {
     // All at once, and QEMU does what it is told in the order it is told: while
     // the guest stands still it answers at once, beside a guest that runs its
     // main loop waits for a processor each time.
-    let (undone, running) = tokio::join!(biased; setup::undo(vmm), running);
+    let (undone, running) = tokio::join!(biased; setup::undo(qmp), running);
     running?;
     // The guest runs; settings for its next move must not undo that.
     if let Err(error) = undone {
@@ -314,19 +316,15 @@ pub async fn resume_arrived(vmm: &Vmm, run: bool) -> Result<(), DirectError> {
 
 async fn resume(vmm: &Vmm) -> Result<(), DirectError> {
     let fail = |doing| qmp_error(vmm, doing);
-    let cursor = vmm.qmp.cursor();
-    vmm.qmp.cont().await.map_err(fail("resuming it"))?;
+    let qmp = vmm.qmp()?;
+    let cursor = qmp.cursor();
+    qmp.cont().await.map_err(fail("resuming it"))?;
     // QEMU says so before it answers; of one that ran already it does not.
-    let told = vmm.qmp.events_since(cursor);
+    let told = qmp.events_since(cursor);
     if told.is_ok_and(|events| events.iter().any(|event| event.name == "RESUME")) {
         return Ok(());
     }
-    match vmm
-        .qmp
-        .status()
-        .await
-        .map_err(fail("asking for its state"))?
-    {
+    match qmp.status().await.map_err(fail("asking for its state"))? {
         RunState::Running => Ok(()),
         have => Err(DirectError::RunState {
             vm: vmm.name.clone(),
@@ -338,18 +336,18 @@ async fn resume(vmm: &Vmm) -> Result<(), DirectError> {
 
 /// Whether it was running (and is stopped now).
 async fn stop_if_running(vmm: &Vmm) -> Result<bool, DirectError> {
-    let state = vmm
-        .qmp
+    let qmp = vmm.qmp()?;
+    let state = qmp
         .status()
         .await
         .map_err(qmp_error(vmm, "asking for its state"))?;
     match state {
         RunState::Paused | RunState::Postmigrate => Ok(false),
-        RunState::Running => match vmm.qmp.stop().await {
+        RunState::Running => match qmp.stop().await {
             Ok(()) => Ok(true),
             Err(source) => {
                 // It may still stop later: this makes it run on in any case.
-                if let Err(error) = vmm.qmp.cont().await {
+                if let Err(error) = qmp.cont().await {
                     tracing::error!(vm = vmm.name, %error, "VM could not be resumed");
                 }
                 Err(qmp_error(vmm, "stopping it")(source))
@@ -385,7 +383,7 @@ impl TargetVm {
         let launched = Launched::start(definition, paths, host, Role::Incoming).await?;
         let vmm = launched.vmm();
         let layout = check_target(vmm, facts).await?;
-        setup::apply(vmm, Move::DeviceState)
+        setup::apply(vmm.qmp()?, Move::DeviceState)
             .await
             .map_err(qmp_error(vmm, "setting up for incoming device state"))?;
         let ram =
@@ -440,9 +438,10 @@ impl TargetVm {
 /// Lets a VMM listen for device state on the Unix socket `socket`, which must
 /// not exist. Returns when it listens, with the place among its events.
 pub(super) async fn listen(vmm: &Vmm, socket: &Path) -> Result<Cursor, DirectError> {
-    let cursor = vmm.qmp.cursor();
+    let qmp = vmm.qmp()?;
+    let cursor = qmp.cursor();
     let uri = format!("unix:{}", socket.display());
-    let listening = vmm.qmp.migrate_incoming(&uri).await;
+    let listening = qmp.migrate_incoming(&uri).await;
     listening.map_err(qmp_error(vmm, "listening for device state"))?;
     Ok(cursor)
 }
@@ -454,8 +453,9 @@ pub(super) async fn wait_arrived(
     listening: Option<Cursor>,
     limit: Duration,
 ) -> Result<(), DirectError> {
-    let cursor = listening.unwrap_or_else(|| vmm.qmp.cursor());
-    let status = match vmm.qmp.wait_migration_over(cursor, limit).await {
+    let qmp = vmm.qmp()?;
+    let cursor = listening.unwrap_or_else(|| qmp.cursor());
+    let status = match qmp.wait_migration_over(cursor, limit).await {
         Ok(status) => status,
         Err(error) => return Err(qmp_error(vmm, "receiving device state")(error)),
     };
@@ -470,8 +470,7 @@ pub(super) async fn wait_arrived(
     // The event comes just before the run state changes.
     let deadline = Instant::now() + Duration::from_secs(2);
     loop {
-        let have = vmm
-            .qmp
+        let have = qmp
             .status()
             .await
             .map_err(qmp_error(vmm, "asking for its state"))?;

@@ -63,7 +63,7 @@ const NEEDED: [&str; 3] = ["x-ignore-shared", "return-path", "events"];
 /// Checks a VM that is to be moved from here. Changes nothing.
 pub async fn check_source(vmm: &Vmm) -> Result<(QemuFacts, RamLayout), PreflightError> {
     let vm = &vmm.name;
-    let qmp = &vmm.qmp;
+    let qmp = vmm.qmp()?;
     let asked = |source| PreflightError::Qmp {
         vm: vm.clone(),
         source,
@@ -101,7 +101,7 @@ pub async fn check_source(vmm: &Vmm) -> Result<(QemuFacts, RamLayout), Preflight
 /// target with `share=off` and lose all RAM.
 pub async fn check_target(vmm: &Vmm, facts: &QemuFacts) -> Result<RamLayout, PreflightError> {
     let vm = &vmm.name;
-    let qmp = &vmm.qmp;
+    let qmp = vmm.qmp()?;
     let asked = |source| PreflightError::Qmp {
         vm: vm.clone(),
         source,
@@ -120,7 +120,7 @@ pub async fn check_target(vmm: &Vmm, facts: &QemuFacts) -> Result<RamLayout, Pre
 
 /// The VMM's version, if it is new enough.
 pub(super) fn check_version(vmm: &Vmm) -> Result<Version, PreflightError> {
-    let have = vmm.qmp.version();
+    let have = vmm.qmp()?.version();
     match have < MIN_VERSION {
         false => Ok(have),
         true => Err(PreflightError::OldQemu {
@@ -137,9 +137,10 @@ pub(super) async fn check_idle(vmm: &Vmm) -> Result<RunState, PreflightError> {
         vm: vm.clone(),
         source,
     };
+    let qmp = vmm.qmp()?;
     let (state, migration) =
-        tokio::try_join!(async { vmm.qmp.status().await.map_err(asked) }, async {
-            vmm.qmp.migration().await.map_err(asked)
+        tokio::try_join!(async { qmp.status().await.map_err(asked) }, async {
+            qmp.migration().await.map_err(asked)
         },)?;
     if !matches!(state, RunState::Running | RunState::Paused) {
         return Err(PreflightError::State {
@@ -160,7 +161,7 @@ pub(super) async fn check_idle(vmm: &Vmm) -> Result<RunState, PreflightError> {
 /// That the VMM waits for a VM.
 pub(super) async fn check_incoming(vmm: &Vmm) -> Result<(), PreflightError> {
     let vm = &vmm.name;
-    let asked = vmm.qmp.status().await;
+    let asked = vmm.qmp()?.status().await;
     let state = asked.map_err(|source| PreflightError::Qmp {
         vm: vm.clone(),
         source,
@@ -206,7 +207,7 @@ pub(super) fn check_same(
     same("machine type", machine, facts.machine.clone())?;
     let accelerator = |kvm| if kvm { "kvm" } else { "tcg" }.to_owned();
     same("accelerator", accelerator(kvm), accelerator(facts.kvm))?;
-    let version = vmm.qmp.version();
+    let version = vmm.qmp()?.version();
     // Patch releases go both ways.
     if (version.major, version.minor) < (facts.version.major, facts.version.minor) {
         let (have, wanted) = (version.to_string(), format!("{} or newer", facts.version));
@@ -243,14 +244,15 @@ pub(super) async fn check_capabilities(
     needed: &[&'static str],
 ) -> Result<(), PreflightError> {
     let vm = &vmm.name;
-    let all = vmm.qmp.migration_capabilities().await;
+    let qmp = vmm.qmp()?;
+    let all = qmp.migration_capabilities().await;
     let all = all.map_err(|source| PreflightError::Qmp {
         vm: vm.clone(),
         source,
     })?;
     for &capability in needed {
         if !all.iter().any(|(name, _)| name == capability) {
-            let version = vmm.qmp.version();
+            let version = qmp.version();
             return Err(PreflightError::NoCapability {
                 vm: vm.clone(),
                 version,
@@ -278,9 +280,10 @@ pub(super) async fn check_devices(vmm: &Vmm) -> Result<(), PreflightError> {
         vm: vm.clone(),
         source,
     };
+    let qmp = vmm.qmp()?;
     let (tree, network) = tokio::try_join!(
-        async { vmm.qmp.human("info qtree").await.map_err(asked) },
-        async { vmm.qmp.human("info network").await.map_err(asked) },
+        async { qmp.human("info qtree").await.map_err(asked) },
+        async { qmp.human("info network").await.map_err(asked) },
     )?;
     const BY_THEMSELVES: [&str; 5] = ["vfio", "vhost-user", "vhost-vdpa", "vhost-scsi", "pvrdma"];
     for (kind, id) in parse_devices(&tree) {
@@ -311,7 +314,7 @@ pub(super) async fn check_devices(vmm: &Vmm) -> Result<(), PreflightError> {
 /// The one memory backend: its id and where it is.
 async fn check_ram(vmm: &Vmm) -> Result<(String, RamLayout), PreflightError> {
     let vm = &vmm.name;
-    let qmp = &vmm.qmp;
+    let qmp = vmm.qmp()?;
     let asked = |source| PreflightError::Qmp {
         vm: vm.clone(),
         source,
@@ -425,9 +428,10 @@ fn check_other_ram(
     len: u64,
 ) -> Result<u64, PreflightError> {
     let vm = &vmm.name;
+    let version = vmm.qmp()?.version();
     let unclear = |what: String| PreflightError::Monitor {
         vm: vm.clone(),
-        version: vmm.qmp.version(),
+        version,
         command: "info ramblock",
         what,
     };

@@ -1,7 +1,6 @@
 //! QEMU's migration settings: what each kind of move needs, and back again.
 
-use super::launch::Vmm;
-use super::qmp::QmpError;
+use super::qmp::{Qmp, QmpError};
 use serde_json::{Value, json};
 
 /// What is sent leaves as fast as the agent takes it.
@@ -68,33 +67,33 @@ impl Move {
     }
 }
 
-/// Sets up a VMM, on either side. Capabilities this QEMU does not know are
+/// Sets up a QEMU, on either side. Capabilities this QEMU does not know are
 /// left out; preflight has seen that it has those that are needed.
-pub(super) async fn apply(vmm: &Vmm, what: Move) -> Result<(), QmpError> {
+pub(super) async fn apply(qmp: &Qmp, what: Move) -> Result<(), QmpError> {
     let wanted = CONTROLLED.map(|name| (name, what.on().contains(&name)));
-    set(vmm, &wanted).await?;
-    vmm.qmp.set_migration_parameters(what.parameters()).await
+    set(qmp, &wanted).await?;
+    qmp.set_migration_parameters(what.parameters()).await
 }
 
 /// Takes back what would harm a migration that somebody else starts later.
 ///
 /// Asks nothing first and waits for nothing in between: an arriving guest may
 /// be stopped while it does. Every QEMU that preflight lets through has these.
-pub(super) async fn undo(vmm: &Vmm) -> Result<(), QmpError> {
+pub(super) async fn undo(qmp: &Qmp) -> Result<(), QmpError> {
     let off = TAKEN_BACK.map(|name| (name, false));
     let parameters = json!({
         "max-bandwidth": DEFAULT_BYTES_PER_SECOND,
         "downtime-limit": DEFAULT_DOWNTIME_MS,
     });
     tokio::try_join!(
-        vmm.qmp.set_migration_capabilities(&off),
-        vmm.qmp.set_migration_parameters(parameters),
+        qmp.set_migration_capabilities(&off),
+        qmp.set_migration_parameters(parameters),
     )?;
     Ok(())
 }
 
-async fn set(vmm: &Vmm, wanted: &[(&str, bool)]) -> Result<(), QmpError> {
-    let now = vmm.qmp.migration_capabilities().await?;
+async fn set(qmp: &Qmp, wanted: &[(&str, bool)]) -> Result<(), QmpError> {
+    let now = qmp.migration_capabilities().await?;
     let change: Vec<(&str, bool)> = wanted
         .iter()
         .filter(|(name, on)| now.iter().any(|(n, is)| n == name && is != on))
@@ -103,5 +102,5 @@ async fn set(vmm: &Vmm, wanted: &[(&str, bool)]) -> Result<(), QmpError> {
     if change.is_empty() {
         return Ok(());
     }
-    vmm.qmp.set_migration_capabilities(&change).await
+    qmp.set_migration_capabilities(&change).await
 }

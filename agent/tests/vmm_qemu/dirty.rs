@@ -69,7 +69,7 @@ fn a_vm_paused_by_its_operator_stays_paused() {
     run(async {
         let host = Host::new();
         let vm = host.start(&tcg("vm")).await;
-        vm.launched.vmm().qmp.stop().await.unwrap();
+        vm.launched.vmm().qmp().unwrap().stop().await.unwrap();
         let source = SourceVm::open(vm.launched.vmm().clone()).await.unwrap();
         let (log, quiesced) = source.start_log().await.unwrap();
         assert_eq!(quiesced.stopped, Duration::ZERO);
@@ -77,7 +77,7 @@ fn a_vm_paused_by_its_operator_stays_paused() {
         assert!(!source.pause().await.unwrap(), "it was paused before");
         source.roll_back(false).await.unwrap();
         assert_eq!(
-            vm.launched.vmm().qmp.status().await.unwrap(),
+            vm.launched.vmm().qmp().unwrap().status().await.unwrap(),
             RunState::Paused
         );
         assert!(vm.guest.is_still());

@@ -42,7 +42,7 @@ fn a_busy_vm_is_not_hurt_by_twenty() {
                 took.push(begun.elapsed());
                 drop(fd);
                 vm.guest.wait_ticking();
-                vm.launched.vmm().qmp.status().await.unwrap();
+                vm.launched.vmm().qmp().unwrap().status().await.unwrap();
             }
             took.sort();
             println!(

@@ -51,7 +51,7 @@ pub(crate) fn relaying(at: &Path, to: PathBuf) -> JoinHandle<Result<RelayStats, 
 
 /// Left on, it would make the operator's own next migration lose all RAM.
 async fn ignores_shared(vmm: &Vmm) -> bool {
-    let all = vmm.qmp.migration_capabilities().await.unwrap();
+    let all = vmm.qmp().unwrap().migration_capabilities().await.unwrap();
     all.contains(&("x-ignore-shared".to_owned(), true))
 }
 
@@ -168,7 +168,7 @@ impl Move {
         differ.retain(|page| !(0xc0..0x100).contains(page));
         assert!(differ.is_empty(), "{differ:x?}");
         assert_eq!(
-            self.source.vmm().qmp.status().await.unwrap(),
+            self.source.vmm().qmp().unwrap().status().await.unwrap(),
             RunState::Postmigrate
         );
         let guest = self.target_guest();

@@ -148,7 +148,7 @@ fn a_capability_that_does_not_go_together() {
     run(async {
         let host = Host::new();
         let vm = host.start(&tcg("vm")).await;
-        let qmp = &vm.launched.vmm().qmp;
+        let qmp = vm.launched.vmm().qmp().unwrap();
         qmp.set_migration_capabilities(&[("postcopy-ram", true)])
             .await
             .unwrap();

@@ -1,7 +1,7 @@
 //! What can go wrong in moving a VM in direct mode.
 
 use crate::vmm::dirty::DirtyLogError;
-use crate::vmm::launch::LaunchError;
+use crate::vmm::launch::{LaunchError, NoMonitor};
 use crate::vmm::preflight::PreflightError;
 use crate::vmm::process::ProcessError;
 use crate::vmm::qmp::{MigrationStatus, QmpError, RunState};
@@ -16,6 +16,9 @@ pub enum DirectError {
     /// Direct mode refuses the VM.
     #[error(transparent)]
     Preflight(#[from] PreflightError),
+    /// It is no QEMU of ours.
+    #[error(transparent)]
+    NoMonitor(#[from] NoMonitor),
     /// The VMM could not be started.
     #[error(transparent)]
     Launch(#[from] LaunchError),

@@ -5,8 +5,9 @@ use super::error::LinkClientError;
 use super::rounds::RoundReader;
 use crate::types::{Gfn, PAGE_SIZE};
 use crate::vmm::dirty::ScanStats;
+use crate::vmm::qmp::RunState;
 use crate::vmm::ram::GuestRam;
-use drover_vmm::wire::{Answer, LogKind, MAX_CHUNK, RegionInfo, Request, Status};
+use drover_vmm::wire::{Answer, LogKind, MAX_CHUNK, Phase, RegionInfo, Request, Status};
 use drover_vmm::{Connection, ConnectionError};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -25,6 +26,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct LinkClient {
     vm: String,
+    socket: PathBuf,
     log: LogKind,
     regions: Vec<RegionInfo>,
     file: File,
@@ -85,6 +87,7 @@ impl LinkClient {
         let path = std::fs::read_link(&link).unwrap_or_else(|_| link.into());
         Ok(LinkClient {
             vm: vm.to_owned(),
+            socket: socket.to_owned(),
             log,
             regions,
             file,
@@ -98,6 +101,11 @@ impl LinkClient {
     /// The VM's name.
     pub fn vm(&self) -> &str {
         &self.vm
+    }
+
+    /// The VMM's socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// The VMM's process, as it was when it began to listen.
@@ -355,6 +363,15 @@ impl LinkClient {
                 Err(error)
             }
         }
+    }
+}
+
+/// How a VM is, in QEMU's words, which the agent uses for all of them.
+pub fn run_state(status: Status) -> RunState {
+    match status.phase {
+        Phase::Waiting => RunState::Inmigrate,
+        Phase::Live | Phase::Arrived if status.running => RunState::Running,
+        Phase::Live | Phase::Arrived => RunState::Paused,
     }
 }
 

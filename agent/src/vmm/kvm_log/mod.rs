@@ -10,6 +10,6 @@ mod error;
 mod rounds;
 mod source;
 
-pub use client::LinkClient;
+pub use client::{LinkClient, run_state};
 pub use error::LinkClientError;
 pub use source::{KvmLogSource, KvmLogSourceError};

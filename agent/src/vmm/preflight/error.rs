@@ -2,6 +2,7 @@
 
 use super::MIN_VERSION;
 use crate::vmm::dirty::KernelError;
+use crate::vmm::launch::NoMonitor;
 use crate::vmm::process::ProcessError;
 use crate::vmm::qmp::{QmpError, Version};
 use crate::vmm::ram::RamError;
@@ -11,6 +12,9 @@ use thiserror::Error;
 /// Why direct mode refuses a VM. Messages carry its name and the remedy.
 #[derive(Debug, Error)]
 pub enum PreflightError {
+    /// It is no QEMU of ours.
+    #[error(transparent)]
+    NoMonitor(#[from] NoMonitor),
     /// The kernel cannot.
     #[error("VM {vm}: this host's kernel cannot watch guest RAM")]
     Kernel {

@@ -1,7 +1,7 @@
 //! What can go wrong in moving a VM in stream mode.
 
 use crate::vmm::direct::DirectError;
-use crate::vmm::launch::LaunchError;
+use crate::vmm::launch::{LaunchError, NoMonitor};
 use crate::vmm::preflight::PreflightError;
 use crate::vmm::qmp::{MigrationStatus, QmpError};
 use crate::vmm::ram::RamError;
@@ -15,6 +15,9 @@ pub enum StreamVmError {
     /// Neither mode takes the VM.
     #[error(transparent)]
     Preflight(#[from] PreflightError),
+    /// It is no QEMU of ours.
+    #[error(transparent)]
+    NoMonitor(#[from] NoMonitor),
     /// The VMM could not be started.
     #[error(transparent)]
     Launch(#[from] LaunchError),

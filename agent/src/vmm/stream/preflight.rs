@@ -38,22 +38,22 @@ impl Found {
 
 /// Checks a VM that is to be moved from here. Changes nothing.
 pub(super) async fn check_source(vmm: &Vmm) -> Result<(QemuFacts, Found), StreamVmError> {
-    let asked = asked(vmm);
+    let (asked, qmp) = (asked(vmm), vmm.qmp()?);
     preflight::check_version(vmm)?;
     let (state, (), (), found, machine, kvm) = tokio::try_join!(
         async { Ok(preflight::check_idle(vmm).await?) },
         async { Ok(preflight::check_capabilities(vmm, &NEEDED).await?) },
         async { Ok(preflight::check_devices(vmm).await?) },
         find_ram(vmm),
-        async { vmm.qmp.machine_type().await.map_err(&asked) },
-        async { vmm.qmp.kvm().await.map_err(&asked) },
+        async { qmp.machine_type().await.map_err(&asked) },
+        async { qmp.kvm().await.map_err(&asked) },
     )?;
     let facts = QemuFacts {
         name: vmm.name.clone(),
         ram_bytes: found.block.bytes,
         backend: found.block.name.clone(),
         machine,
-        version: vmm.qmp.version(),
+        version: qmp.version(),
         kvm,
         state_ram_bytes: found.others,
         running: state == RunState::Running,
@@ -63,14 +63,14 @@ pub(super) async fn check_source(vmm: &Vmm) -> Result<(QemuFacts, Found), Stream
 
 /// Checks a VMM that waits for the VM of `facts`.
 pub(super) async fn check_target(vmm: &Vmm, facts: &QemuFacts) -> Result<Found, StreamVmError> {
-    let asked = asked(vmm);
+    let (asked, qmp) = (asked(vmm), vmm.qmp()?);
     let ((), (), (), found, machine, kvm) = tokio::try_join!(
         async { Ok(preflight::check_incoming(vmm).await?) },
         async { Ok(preflight::check_capabilities(vmm, &NEEDED).await?) },
         async { Ok(preflight::check_devices(vmm).await?) },
         find_ram(vmm),
-        async { vmm.qmp.machine_type().await.map_err(&asked) },
-        async { vmm.qmp.kvm().await.map_err(&asked) },
+        async { qmp.machine_type().await.map_err(&asked) },
+        async { qmp.kvm().await.map_err(&asked) },
     )?;
     preflight::check_same(
         vmm,
@@ -96,17 +96,17 @@ fn asked(vmm: &Vmm) -> impl Fn(QmpError) -> StreamVmError + use<'_> {
 /// The block that holds guest-physical address 0, which has to be all of guest
 /// RAM, and where it is mapped.
 async fn find_ram(vmm: &Vmm) -> Result<Found, StreamVmError> {
-    let asked = asked(vmm);
+    let (asked, qmp) = (asked(vmm), vmm.qmp()?);
     let vm = &vmm.name;
     let (blocks, at_zero, plugged) = tokio::try_join!(
-        async { vmm.qmp.human("info ramblock").await.map_err(&asked) },
-        async { vmm.qmp.human("gpa2hva 0").await.map_err(&asked) },
-        async { vmm.qmp.memory_device_count().await.map_err(&asked) },
+        async { qmp.human("info ramblock").await.map_err(&asked) },
+        async { qmp.human("gpa2hva 0").await.map_err(&asked) },
+        async { qmp.memory_device_count().await.map_err(&asked) },
     )?;
     let unclear = |command: &'static str| {
         move |what: String| PreflightError::Monitor {
             vm: vm.clone(),
-            version: vmm.qmp.version(),
+            version: qmp.version(),
             command,
             what,
         }
@@ -129,7 +129,7 @@ async fn find_ram(vmm: &Vmm) -> Result<Found, StreamVmError> {
             return Err(no_block(format!("{count} RAM blocks are called `{name}`")));
         }
     };
-    let total = vmm.qmp.base_memory().await.map_err(&asked)?;
+    let total = qmp.base_memory().await.map_err(&asked)?;
     if main.used != total {
         return Err(no_block(format!(
             "its block `{name}` has {} of {total} bytes",

@@ -10,7 +10,7 @@ use crate::vmm::preflight::QemuFacts;
 use crate::vmm::qemu_stream::channel::{FIRST, Kind, kind};
 use crate::vmm::qemu_stream::main_channel::StreamParser;
 use crate::vmm::qemu_stream::{CarryError, carry};
-use crate::vmm::qmp::{Cursor, MigrationStatus, QmpError, RunState};
+use crate::vmm::qmp::{Cursor, MigrationStatus, Qmp, QmpError, RunState};
 use crate::vmm::relay::OfferedSocket;
 use crate::vmm::setup::{self, Move};
 use nix::sys::socket::{MsgFlags, send};
@@ -125,7 +125,7 @@ impl SourceVm {
 
     /// Whether the guest runs.
     pub async fn is_running(&self) -> Result<bool, StreamVmError> {
-        let state = self.vmm.status().await;
+        let state = self.vmm.qmp()?.status().await;
         let state = state.map_err(self.failed("asking for its state"))?;
         Ok(state == RunState::Running)
     }
@@ -135,15 +135,15 @@ impl SourceVm {
     /// migration has failed or was cancelled, but not when the agent dies while
     /// QEMU waits for the switch.
     pub async fn begin(&self, socket: &Path) -> Result<(), StreamVmError> {
+        let qmp = self.vmm.qmp()?;
         let downtime_ms = GO_ON_MS;
-        let set_up = setup::apply(&self.vmm, Move::Stream { downtime_ms }).await;
+        let set_up = setup::apply(qmp, Move::Stream { downtime_ms }).await;
         set_up.map_err(self.failed("setting up its migration"))?;
         let offered = OfferedSocket::bind(socket).map_err(|source| StreamVmError::Socket {
             vm: self.vmm.name.clone(),
             path: socket.to_owned(),
             source,
         })?;
-        let qmp = &self.vmm.qmp;
         let cursor = qmp.cursor();
         let uri = format!("unix:{}", socket.display());
         let started = qmp.migrate(&uri).await;
@@ -182,7 +182,7 @@ impl SourceVm {
             source,
         })?;
         let ran = Arc::new(AtomicBool::new(true));
-        let watching = watch(self.vmm.clone(), cursor, self.feed.clone(), ran.clone());
+        let watching = watch(qmp.clone(), cursor, self.feed.clone(), ran.clone());
         *self.stream() = Some(Stream {
             cursor,
             socket,
@@ -200,7 +200,7 @@ impl SourceVm {
         let mut stand = self.feed.stand();
         if *stand.borrow() == Stand::Runs {
             let parameters = json!({ "downtime-limit": STOP_NOW_MS });
-            let set = self.vmm.qmp.set_migration_parameters(parameters).await;
+            let set = self.vmm.qmp()?.set_migration_parameters(parameters).await;
             set.map_err(self.failed("letting QEMU stop it"))?;
         }
         let still = stand.wait_for(|stand| *stand != Stand::Runs);
@@ -222,10 +222,11 @@ impl SourceVm {
 
     /// Lets QEMU go on from the guest's standstill to its last section.
     pub async fn report_rest(&self) -> Result<(), StreamVmError> {
-        let cursor = self.vmm.qmp.cursor();
+        let qmp = self.vmm.qmp()?;
+        let cursor = qmp.cursor();
         let begun = self.stream().as_mut().map(|stream| stream.cursor = cursor);
         begun.ok_or_else(|| self.not_begun())?;
-        let go_on = self.vmm.qmp.migrate_continue().await;
+        let go_on = qmp.migrate_continue().await;
         go_on.map_err(self.failed("letting QEMU go on to the switch"))
     }
 
@@ -247,6 +248,7 @@ impl SourceVm {
         target: impl AsyncRead + AsyncWrite,
         limit: Duration,
     ) -> Result<(), StreamVmError> {
+        let qmp = self.vmm.qmp()?;
         let (cursor, socket, mut chunks, held) = {
             let mut stream = self.stream();
             let stream = stream.as_mut().ok_or_else(|| self.not_begun())?;
@@ -275,11 +277,11 @@ impl SourceVm {
             answered.map_err(|source| self.not_forwarded(source))
         };
         let completing = async {
-            let over = self.vmm.qmp.wait_migration_over(cursor, limit).await;
+            let over = qmp.wait_migration_over(cursor, limit).await;
             match over.map_err(self.failed("sending its device state"))? {
                 MigrationStatus::Completed => Ok(()),
                 status => {
-                    let info = self.vmm.qmp.migration().await;
+                    let info = qmp.migration().await;
                     let info = info.map_err(self.failed("asking why its state stayed"))?;
                     Err(StreamVmError::State {
                         vm: self.vmm.name.clone(),
@@ -371,24 +373,21 @@ fn read(mut socket: &UnixStream, filter: Filter) -> Result<(), String> {
 }
 
 /// Tells the feed when QEMU has stopped the guest, or has given up.
-async fn watch(vmm: Vmm, mut cursor: Cursor, feed: Arc<Feed>, ran: Arc<AtomicBool>) {
+async fn watch(qmp: Qmp, mut cursor: Cursor, feed: Arc<Feed>, ran: Arc<AtomicBool>) {
     let told =
         |status: &MigrationStatus| *status == MigrationStatus::PreSwitchover || status.is_over();
     loop {
-        let next = vmm.qmp.cursor();
-        let waited = vmm
-            .qmp
-            .wait_migration(cursor, "the switch", LOOK, told)
-            .await;
+        let next = qmp.cursor();
+        let waited = qmp.wait_migration(cursor, "the switch", LOOK, told).await;
         match waited {
             Ok(MigrationStatus::PreSwitchover) => return feed.stands_still(Instant::now()),
             Ok(status) => {
-                let info = vmm.qmp.migration().await.ok();
+                let info = qmp.migration().await.ok();
                 let why = info.and_then(|info| info.error_desc).unwrap_or_default();
                 return feed.fail(&format!("QEMU's migration ended as {status:?} {why}"));
             }
             // An operator may pause it meanwhile.
-            Err(QmpError::Timeout { .. }) => match vmm.status().await {
+            Err(QmpError::Timeout { .. }) => match qmp.status().await {
                 Ok(RunState::Running) => ran.store(true, Relaxed),
                 Ok(RunState::Paused) => ran.store(false, Relaxed),
                 Ok(_) | Err(QmpError::Timeout { .. }) => {}

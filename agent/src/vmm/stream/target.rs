@@ -36,7 +36,7 @@ impl TargetVm {
         let launched = Launched::start(definition, paths, host, Role::Incoming).await?;
         let vmm = launched.vmm();
         let found = check_target(vmm, facts).await?;
-        let set_up = setup::apply(vmm, Move::Residue).await;
+        let set_up = setup::apply(vmm.qmp()?, Move::Residue).await;
         set_up.map_err(|source| StreamVmError::Qmp {
             vm: vmm.name.clone(),
             doing: "setting up for its arrival",
