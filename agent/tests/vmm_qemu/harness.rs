@@ -2,15 +2,16 @@
 
 use drover::types::{Gfn, PAGE_SIZE};
 use drover::vmm::definition::{Definition, VmPaths};
-use drover::vmm::launch::{LaunchError, Launched, Role};
+use drover::vmm::launch::{LaunchError, Launched, Role, Vmm};
+use drover::vmm::process::VmProcess;
 use drover::vmm::ram::GuestRam;
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 pub(crate) const LIMIT: Duration = Duration::from_secs(20);
@@ -72,6 +73,7 @@ pub(crate) fn guest() -> &'static Path {
 pub(crate) struct Host {
     pub(crate) dir: PathBuf,
     pub(crate) ram_dir: PathBuf,
+    kept: Mutex<Vec<Arc<VmProcess>>>,
 }
 
 impl Host {
@@ -89,10 +91,16 @@ impl Host {
         let host = Host {
             dir: Path::new("/tmp").join(&id),
             ram_dir: Path::new("/dev/shm").join(&id),
+            kept: Mutex::default(),
         };
         std::fs::create_dir_all(&host.dir).unwrap();
         std::fs::create_dir_all(&host.ram_dir).unwrap();
         host
+    }
+
+    /// A VMM that is kept ends with the host at the latest, also after a panic.
+    pub(crate) fn mind(&self, vmm: &Vmm) {
+        self.kept.lock().unwrap().push(vmm.process.clone());
     }
 
     pub(crate) fn paths(&self, name: &str) -> VmPaths {
@@ -172,6 +180,10 @@ impl Drop for Mounted {
 
 impl Drop for Host {
     fn drop(&mut self) {
+        let kept = self.kept.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for process in kept.drain(..) {
+            let _gone = process.kill_and_wait(LIMIT);
+        }
         let _ = std::fs::remove_dir_all(&self.dir);
         let _ = std::fs::remove_dir_all(&self.ram_dir);
     }

@@ -186,6 +186,7 @@ impl Move {
         self.source.end(Some(&paths)).await.unwrap();
         assert!(!process.is_alive());
         drop(self.vm);
+        self.b.mind(self.target.vmm());
         let vmm = self.target.keep();
         for socket in [near, far] {
             let _ = std::fs::remove_file(socket);
@@ -300,7 +301,10 @@ fn an_adopted_vm_can_be_watched_and_ended() {
             launched,
             paths,
         } = vm;
-        let pid = launched.keep().process.pid();
+        let vmm = launched.keep();
+        host.mind(&vmm);
+        let pid = vmm.process.pid();
+        drop(vmm);
         let vmm = Vmm::adopt("vm", &paths.qmp(), None).await.unwrap();
         assert_eq!(vmm.process.pid(), pid);
         // The monitor takes one client at a time.
@@ -325,6 +329,7 @@ fn the_pid_must_be_the_vmms() {
             launched, paths, ..
         } = vm;
         let vmm = launched.keep();
+        host.mind(&vmm);
         let process = vmm.process.clone();
         drop(vmm);
         let me = std::process::id() as i32;
