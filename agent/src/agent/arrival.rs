@@ -14,6 +14,7 @@ use crate::vmm::PageSink;
 use crate::vmm::definition::{Definition, Kind, VmPaths};
 use crate::vmm::kinds::TargetVm;
 use crate::vmm::launch::{Vmm, has_leftover};
+use crate::vmm::managed;
 use crate::vmm::ram::parse_kib;
 use std::cell::{Cell, RefCell};
 use std::os::unix::fs::MetadataExt;
@@ -70,6 +71,8 @@ pub(super) struct Arrival {
 pub(super) enum Held {
     /// A stopped VMM that ends with us.
     Waiting(Box<TargetVm>),
+    /// One that its manager has started; only its connection is ours.
+    Managed(Rc<managed::TargetVm>),
     /// One that lives on without us: it has all of its state.
     Kept(Vmm),
     /// None, or it is out of reach for the moment.
@@ -97,6 +100,7 @@ impl Arrival {
     ) -> Self {
         let kind = match &held {
             Held::Waiting(vm) => vm.kind(),
+            Held::Managed(_) => Kind::QemuManaged,
             Held::Kept(_) | Held::Nothing => definition.kind,
         };
         let arrival = Arrival {
@@ -128,6 +132,7 @@ impl Arrival {
     pub(super) fn info(&self) -> Option<VmInfo> {
         let pid = match &*self.vmm.borrow() {
             Held::Waiting(vm) => vm.vmm().process.pid() as u32,
+            Held::Managed(vm) => vm.process().pid() as u32,
             Held::Kept(vmm) => vmm.process.pid() as u32,
             Held::Nothing => 0,
         };
@@ -204,6 +209,7 @@ impl Arrival {
     pub(super) fn has_died(&self) -> bool {
         match &*self.vmm.borrow() {
             Held::Waiting(vm) => vm.vmm().process.is_ending(),
+            Held::Managed(vm) => vm.process().is_ending(),
             Held::Kept(vmm) => vmm.process.is_ending(),
             Held::Nothing => !has_leftover(&self.files),
         }
@@ -216,6 +222,7 @@ impl Arrival {
         }
         let resident = match &*self.vmm.borrow() {
             Held::Waiting(vm) => vm.vmm().process.status("VmRSS").ok().flatten(),
+            Held::Managed(vm) => vm.process().status("VmRSS").ok().flatten(),
             Held::Kept(_) | Held::Nothing => None,
         };
         resident.as_deref().and_then(parse_kib).unwrap_or(0) * 1024
@@ -233,6 +240,14 @@ impl Arrival {
     pub(super) fn kept(&self) -> Option<Vmm> {
         match &*self.vmm.borrow() {
             Held::Kept(vmm) => Some(vmm.clone()),
+            _ => None,
+        }
+    }
+
+    /// The VMM, if its manager has started it.
+    pub(super) fn managed(&self) -> Option<Rc<managed::TargetVm>> {
+        match &*self.vmm.borrow() {
+            Held::Managed(vm) => Some(vm.clone()),
             _ => None,
         }
     }

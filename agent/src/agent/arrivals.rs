@@ -15,8 +15,9 @@ use crate::gang::moments::Moment;
 use crate::gang::target::TargetGang;
 use crate::net::Incoming;
 use crate::types::VmIndex;
+use crate::vmm::PageRead;
 use crate::vmm::definition::{Definition, Kind, VmPaths};
-use crate::vmm::kinds::TargetVm;
+use crate::vmm::kinds::{TargetVm, VmFacts};
 use crate::vmm::ram::{free_bytes, free_memory};
 use crate::vmm::relay::relay_after;
 use std::rc::Rc;
@@ -25,10 +26,10 @@ use std::time::{Duration, Instant};
 use tokio::net::UnixStream;
 
 /// How long the relay of device state may stand still.
-const RELAY_IDLE: Duration = Duration::from_secs(30);
+pub(super) const RELAY_IDLE: Duration = Duration::from_secs(30);
 /// How long the first byte of a stream may take: it comes when the source's
 /// QEMU has gone through all of RAM as often as the guest's writing makes it.
-const STREAM_BEGINS: Duration = Duration::from_secs(3600);
+pub(super) const STREAM_BEGINS: Duration = Duration::from_secs(3600);
 /// Longest that a step waits for its source, whatever that asks for.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// How often outstanding references are looked at while the guest waits.
@@ -40,6 +41,9 @@ const ASK_AGAIN: Duration = Duration::from_secs(1);
 impl Agent {
     /// Whether a VM could be taken in. Touches nothing.
     pub(super) fn check_target(&self, name: &str, facts: &SourceFacts) -> Result<(), String> {
+        if let VmFacts::QemuManaged(managed) = &facts.vmm {
+            return self.check_managed(name, managed);
+        }
         self.journal.check().map_err(|e| e.to_string())?;
         self.acceptable(name, facts).map(drop)
     }
@@ -142,7 +146,34 @@ impl Agent {
         if self.landing(gang.spec.id, &plan.name).is_some() {
             return Ok(());
         }
-        let definition = self.acceptable(&plan.name, &facts)?;
+        let made = match &facts.vmm {
+            VmFacts::QemuManaged(managed) => self.make_managed(gang, side, index, managed).await,
+            _ => self.make_own(gang, side, index, &facts).await,
+        };
+        let arrival = Rc::new(made?);
+        tracing::info!(vm = %plan.name, from = %plan.from, "incoming VMM waits");
+        gang.arrivals.borrow_mut().insert(index, arrival.clone());
+        self.landings.borrow_mut().push(arrival.clone());
+        self.cares.borrow_mut().push(arrival.care.clone());
+        self.moments.reach(Moment::Prepared, &plan.name).await;
+        if self.gang(gang.spec.id).is_err() {
+            arrival.care.because("its gang was closed meanwhile");
+            self.land(&arrival, TargetEvent::GiveUp).await;
+            return Err("the gang was closed meanwhile".to_owned());
+        }
+        Ok(())
+    }
+
+    /// The target of a VM in a VMM that this agent starts, in the journal.
+    async fn make_own(
+        &self,
+        gang: &LocalGang,
+        side: &Arc<TargetGang>,
+        index: VmIndex,
+        facts: &SourceFacts,
+    ) -> Result<Arrival, String> {
+        let plan = gang.spec.vm(index).ok_or("no such VM")?;
+        let definition = self.acceptable(&plan.name, facts)?;
         let files = VmPaths::new(&self.config.run_dir, &self.config.ram_dir, &plan.name);
         let record = Record {
             gang: gang.spec.id,
@@ -153,29 +184,14 @@ impl Agent {
             run: false,
         };
         self.journal.write(&record).map_err(|e| e.to_string())?;
-        let made = self.make_target(gang, side, index, definition, files, &facts);
-        match made.await {
-            Ok(arrival) => {
-                tracing::info!(vm = %plan.name, from = %plan.from, "incoming VMM waits");
-                let arrival = Rc::new(arrival);
-                gang.arrivals.borrow_mut().insert(index, arrival.clone());
-                self.landings.borrow_mut().push(arrival.clone());
-                self.cares.borrow_mut().push(arrival.care.clone());
-                self.moments.reach(Moment::Prepared, &plan.name).await;
-                if self.gang(gang.spec.id).is_err() {
-                    arrival.care.because("its gang was closed meanwhile");
-                    self.land(&arrival, TargetEvent::GiveUp).await;
-                    return Err("the gang was closed meanwhile".to_owned());
-                }
-                Ok(())
-            }
-            Err(why) => {
-                if let Err(error) = self.journal.forget(&plan.name, gang.spec.id) {
-                    tracing::warn!(%error, "journal entry stays");
-                }
-                Err(why)
-            }
+        let made = self.make_target(gang, side, index, definition, files, facts);
+        let made = made.await;
+        if made.is_err()
+            && let Err(error) = self.journal.forget(&plan.name, gang.spec.id)
+        {
+            tracing::warn!(%error, "journal entry stays");
         }
+        made
     }
 
     async fn make_target(
@@ -273,6 +289,13 @@ impl Agent {
         let arrival = gang.arrival(index).ok_or("that VM is not arriving here")?;
         let _step = arrival.step.lock().await;
         arrival.heard();
+        if let Some(vm) = arrival.managed() {
+            let ram = vm.ram().place();
+            self.moments
+                .reach(Moment::DeviceExpected, &arrival.name)
+                .await;
+            return Ok(GangResponse::DeviceExpected { ram });
+        }
         let mut vm = arrival.take_waiting()?;
         let listening = vm.listen(&arrival.socket).await.map_err(|e| chain(&e));
         let ram = vm.ram().place();
@@ -294,6 +317,11 @@ impl Agent {
     ) -> Result<(), String> {
         let arrival = gang.arrival(index).ok_or("that VM is not arriving here")?;
         let _step = arrival.step.lock().await;
+        if let Some(vm) = arrival.managed() {
+            return self
+                .await_managed(&arrival, &vm, wait.min(LONGEST_WAIT))
+                .await;
+        }
         let vm = arrival.take_waiting()?;
         let arrived = tokio::select! {
             biased;
@@ -320,8 +348,11 @@ impl Agent {
         let Some(arrival) = gang.arrival(index) else {
             return;
         };
+        if let Some(vm) = arrival.managed() {
+            return self.play_managed(&arrival, &vm, incoming).await;
+        }
         let begin = match arrival.kind {
-            Kind::QemuStream => STREAM_BEGINS,
+            Kind::QemuStream | Kind::QemuManaged => STREAM_BEGINS,
             Kind::QemuDirect | Kind::Auto => RELAY_IDLE,
         };
         let outcome = match UnixStream::connect(&arrival.socket).await {

@@ -11,7 +11,8 @@ use crate::gang::claims::Claims;
 use crate::gang::flight::{Flight, PrecopyRules};
 use crate::gang::handover::care::Care;
 use crate::gang::handover::leaving::Leaving;
-use crate::gang::handover::{Handover, Live, chain};
+use crate::gang::handover::manager::Managers;
+use crate::gang::handover::{Decides, Handover, Live, chain};
 use crate::gang::journal::{Record, Side, Step};
 use crate::gang::message::{Compress, GangSpec, Phase, SourceFacts};
 use crate::gang::moments::Moment;
@@ -25,6 +26,7 @@ use crate::pace::policy::Then;
 use crate::types::{Class, GangId, VmIndex};
 use crate::vmm::PageRead;
 use crate::vmm::kinds::{Pages, SourceVm};
+use crate::vmm::managed;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
@@ -61,9 +63,20 @@ impl Departure {
     }
 }
 
+/// A VM that a gang takes along.
+enum Leaver {
+    /// In this agent's charge.
+    Registered(Box<Vm>),
+    /// Its manager has brought it to the socket that it was offered.
+    Offered(Arc<managed::SourceVm>),
+}
+
 impl Agent {
     /// Whether a VM of this host may be moved, and what its target must know.
     pub(super) async fn check_source(&self, name: &str) -> Result<SourceFacts, String> {
+        if let Some(facts) = self.check_offered(name)? {
+            return Ok(facts);
+        }
         let vm = self.vms.get(name).ok_or_else(|| {
             format!("VM {name} is not in this agent's charge: `drover vm run` or `adopt` it first")
         })?;
@@ -159,13 +172,10 @@ impl Agent {
             .source
             .clone()
             .ok_or("no VM of the gang leaves this host")?;
-        let vm = self
-            .vms
-            .get(&plan.name)
-            .ok_or_else(|| format!("VM {} is gone", plan.name))?;
-        if vm.leaving.is_some() {
-            return Err(format!("VM {} is being moved already", plan.name));
-        }
+        let vm = match self.offers.take(&plan.name, gang.spec.id)? {
+            Some(source) => Leaver::Offered(source),
+            None => Leaver::Registered(Box::new(self.registered(&plan.name)?)),
+        };
         if self.landings.borrow().iter().any(|a| a.name == plan.name) {
             return Err(format!("VM {} has not landed for good yet", plan.name));
         }
@@ -178,6 +188,7 @@ impl Agent {
         let started = self.launch(gang, &side, index, vm, care.clone()).await;
         if started.is_err() {
             self.vms.update(&plan.name, |vm| vm.leaving = None);
+            self.offers.remove(&plan.name);
             side.ended(index, false);
             self.settled(&care);
             if let Err(error) = self.journal.forget(&plan.name, gang.spec.id) {
@@ -187,21 +198,34 @@ impl Agent {
         started
     }
 
+    fn registered(&self, name: &str) -> Result<Vm, String> {
+        let vm = self.vms.get(name);
+        let vm = vm.ok_or_else(|| format!("VM {name} is gone"))?;
+        match vm.leaving {
+            Some(_) => Err(format!("VM {name} is being moved already")),
+            None => Ok(vm),
+        }
+    }
+
     async fn launch(
         self: &Rc<Self>,
         gang: &Rc<LocalGang>,
         side: &Arc<SourceGang>,
         index: VmIndex,
-        vm: Vm,
+        vm: Leaver,
         care: Rc<Care>,
     ) -> Result<(), String> {
         let (name, target) = (care.vm.clone(), care.peer.clone());
         self.pacer.announce(Class::Precopy);
-        let source = SourceVm::open(vm.vmm.clone(), vm.definition.kind)
-            .await
-            .map_err(|e| chain(&e))?;
+        let (source, domain) = match &vm {
+            Leaver::Registered(vm) => {
+                let source = SourceVm::open(vm.vmm.clone(), vm.definition.kind).await;
+                (source.map_err(|e| chain(&e))?, &vm.definition.domain)
+            }
+            Leaver::Offered(vm) => (SourceVm::Managed(vm.clone()), &vm.facts().domain),
+        };
         let flight = Flight::new(index, &name, &target, source.ram().pages());
-        let key = Arc::new(FingerprintKey::derive(&self.secret, &vm.definition.domain));
+        let key = Arc::new(FingerprintKey::derive(&self.secret, domain));
         let stager = side
             .depart(flight.clone(), key.clone())
             .map_err(|e| chain(&e))?;
@@ -212,32 +236,14 @@ impl Agent {
             let settled = move |arrived| agent.departed(&side, &of, arrived);
             Live::new(flight.clone(), commands.clone(), Box::new(settled))
         };
-        let mut leaving = Leaving {
-            caller: Rc::new(AgentCaller(self.clone())),
-            journal: self.journal.clone(),
-            moments: self.moments.clone(),
-            record: Record {
-                gang: gang.spec.id,
-                vm: name.clone(),
-                side: Side::Source,
-                step: Step::Moving,
-                peer: target.clone(),
-                run: false,
-            },
-            vmm: Some(vm.vmm.clone()),
-            files: vm.files.clone(),
-            fence: self.config.fencing.clone(),
-            care: care.clone(),
-            watcher: live.clone(),
-            why: String::new(),
-        };
+        let mut decides = self.decides(gang.spec.id, vm, &care, &live);
         // The guest may be stopped for a moment: whoever finds it so is to let
         // it run.
         let runs = source.is_running().await.map_err(|e| chain(&e))?;
-        leaving.moving(runs).await?;
+        decides.moving(runs).await?;
         self.moments.reach(Moment::JournalMoving, &name).await;
         let pages = source.start().await.map_err(|e| chain(&e))?;
-        leaving.moving(false).await?;
+        decides.moving(false).await?;
         tracing::info!(vm = %name, %target, kind = %source.facts().kind(), "pre-copy begins");
         let rules = self.precopy_rules(gang);
         let carrier = Carrier::new(flight.clone(), rules, stager, orders, tell);
@@ -256,7 +262,7 @@ impl Agent {
         };
         gang.departures.borrow_mut().insert(index, departure);
         let handover = Handover {
-            leaving,
+            decides,
             live,
             roster: self.roster.clone(),
             spec: gang.spec.clone(),
@@ -277,6 +283,49 @@ impl Agent {
         Ok(())
     }
 
+    /// Who decides where the VM runs when its pages have moved.
+    fn decides(
+        self: &Rc<Self>,
+        gang: GangId,
+        vm: Leaver,
+        care: &Rc<Care>,
+        live: &Rc<Live>,
+    ) -> Decides<AgentCaller> {
+        let caller = Rc::new(AgentCaller(self.clone()));
+        let moments = self.moments.clone();
+        match vm {
+            Leaver::Offered(source) => Decides::Manager(Managers {
+                caller,
+                moments,
+                gang,
+                vm: care.vm.clone(),
+                peer: care.peer.clone(),
+                source,
+                care: care.clone(),
+                live: live.clone(),
+            }),
+            Leaver::Registered(vm) => Decides::Agents(Leaving {
+                caller,
+                journal: self.journal.clone(),
+                moments,
+                record: Record {
+                    gang,
+                    vm: care.vm.clone(),
+                    side: Side::Source,
+                    step: Step::Moving,
+                    peer: care.peer.clone(),
+                    run: false,
+                },
+                vmm: Some(vm.vmm),
+                files: vm.files,
+                fence: self.config.fencing.clone(),
+                care: care.clone(),
+                watcher: live.clone(),
+                why: String::new(),
+            }),
+        }
+    }
+
     /// Where a VM's VMM sends its device state.
     pub(super) fn state_socket(&self, vm: &str) -> PathBuf {
         self.config.run_dir.join(format!("{vm}.out.sock"))
@@ -285,6 +334,7 @@ impl Agent {
     /// It is clear where a VM is that was to leave.
     fn departed(&self, side: &SourceGang, flight: &Flight, arrived: bool) {
         let state = flight.snapshot();
+        self.offers.remove(&flight.name);
         if arrived {
             tracing::info!(vm = %flight.name, target = %flight.target,
                 downtime_ms = state.downtime_ms, journal_ms = state.journal_ms,
@@ -347,7 +397,7 @@ fn open_lane(
     })
 }
 
-fn data_bytes(ram: &dyn PageRead) -> io::Result<u64> {
+pub(super) fn data_bytes(ram: &dyn PageRead) -> io::Result<u64> {
     let runs = ram.data_runs()?;
     let pages: u64 = runs.iter().map(|r| u64::from(r.end.0 - r.start.0)).sum();
     Ok(pages * crate::types::PAGE_SIZE as u64)

@@ -194,6 +194,13 @@ impl Agent {
     async fn destroy(&self, arrival: &Rc<Arrival>) -> Option<TargetEvent> {
         arrival.forget_pages();
         match arrival.take_held() {
+            Held::Managed(vm) => {
+                // Its manager removes it, or lets it run.
+                vm.close();
+                let (_, why) = arrival.care.told();
+                tracing::warn!(vm = %arrival.name, %why, "its manager's VMM is let go");
+                return Some(TargetEvent::Destroyed);
+            }
             Held::Waiting(vm) => vm.abort().await,
             Held::Kept(vmm) => {
                 if let Err(error) = vmm.end().await {
@@ -307,6 +314,9 @@ impl Agent {
     pub(super) async fn release(&self, from: &str, gang: GangId, vm: &str) -> Result<(), String> {
         if let Some(arrival) = self.landing(gang, vm) {
             arrival.only_from(from)?;
+            if arrival.managed().is_some() {
+                self.manager_has(&arrival);
+            }
             self.land(&arrival, TargetEvent::Released).await;
         }
         Ok(())

@@ -12,6 +12,8 @@ mod departures;
 mod gangs;
 mod incoming;
 mod landing;
+mod managed;
+mod offers;
 mod operator;
 mod pacing;
 mod recovery;
@@ -44,6 +46,7 @@ use adopted::Adopted;
 use arrival::Arrival;
 use data::DataPlane;
 use gangs::LocalGang;
+use offers::Offers;
 use registry::Registry;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -128,6 +131,7 @@ pub(crate) struct Agent {
     journal: Journal,
     moments: Moments,
     vms: Registry,
+    offers: Offers,
     gangs: RefCell<BTreeMap<GangId, Rc<LocalGang>>>,
     /// VMs that arrive, until their sources know that they are here: longer
     /// than their gangs are open, and over restarts.
@@ -199,6 +203,8 @@ impl Agent {
         let resources = |what| move |source| AgentError::Resources { what, source };
         let pacer = start_pacer(&config, &now, meter).map_err(resources("the pacer"))?;
         let adopted = Adopted::open(&config.state_dir).map_err(resources("adopted VMs"))?;
+        let transport = offers::make_transport_dir(&config);
+        transport.map_err(resources("`transport_dir`"))?;
         let buffers = (config.data_memory as usize / BUF_LEN).max(8);
         let pool = BufferPool::new(buffers).map_err(resources("memory for page data"))?;
         let data = Arc::new(DataPlane::default());
@@ -232,6 +238,7 @@ impl Agent {
             peers,
             journal,
             vms: Registry::new(adopted),
+            offers: Offers::default(),
             gangs: RefCell::default(),
             landings: RefCell::default(),
             cares: RefCell::default(),
@@ -265,6 +272,7 @@ impl Agent {
             }
             files_at = Instant::now();
             self.reap().await;
+            self.offers.reap();
             self.poll_tls();
             if warned.is_none_or(|at| at.elapsed() > WARN_PACE) {
                 warned = Some(Instant::now());

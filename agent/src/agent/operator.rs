@@ -42,6 +42,13 @@ impl Agent {
                 drop(reply.send(self.adopt_vm(&request.name, &request.qmp).await));
             }
             ApiCall::StopVm { name, reply } => drop(reply.send(self.stop_vm(&name).await)),
+            ApiCall::Offer { request, reply } => drop(reply.send(self.offer(request).await)),
+            ApiCall::Offers { gang, reply } => drop(reply.send(self.offered(&gang))),
+            ApiCall::Withdraw {
+                gang,
+                request,
+                reply,
+            } => drop(reply.send(Ok(self.withdraw(&gang, &request.vms)))),
             ApiCall::StartMigration { request, reply } => {
                 drop(reply.send(self.start_migration(request).await));
             }
@@ -120,6 +127,7 @@ impl Agent {
         for vm in self.vms.all() {
             infos.push(self.vm_info(&vm).await);
         }
+        infos.extend(self.offers.vms());
         infos.extend(self.landings.borrow().iter().filter_map(|a| a.info()));
         infos
     }

@@ -86,6 +86,30 @@ pub enum ApiCall {
         /// Where the answer goes.
         reply: Reply<()>,
     },
+    /// `POST /v1/offers`: offer sockets to VMs.
+    Offer {
+        /// To which.
+        request: OfferRequest,
+        /// Where the answer goes.
+        reply: Reply<Vec<OfferInfo>>,
+    },
+    /// `GET /v1/offers/{gang}`: how far they are. Offers that nobody asks after
+    /// are withdrawn.
+    Offers {
+        /// The gang's name.
+        gang: String,
+        /// Where the answer goes.
+        reply: Reply<Vec<OfferInfo>>,
+    },
+    /// `POST /v1/offers/{gang}/withdraw`
+    Withdraw {
+        /// The gang's name.
+        gang: String,
+        /// Which.
+        request: Withdraw,
+        /// Where the answer goes.
+        reply: Reply<()>,
+    },
     /// `POST /v1/migrations`: answered once the plan is accepted (or, for a
     /// dry run, checked), not when it is over.
     StartMigration {

@@ -133,6 +133,22 @@ impl ApiClient {
         self.post(&path, &()).await
     }
 
+    /// Offers sockets to VMs of a gang.
+    pub async fn offer(&self, request: &OfferRequest) -> Result<Vec<OfferInfo>, ClientError> {
+        self.post("/v1/offers", request).await
+    }
+
+    /// How far the sockets of a gang's VMs are.
+    pub async fn offers(&self, gang: &str) -> Result<Vec<OfferInfo>, ClientError> {
+        self.get(&format!("/v1/offers/{}", escape(gang))).await
+    }
+
+    /// Withdraws the sockets of these VMs; of all of the gang if none is named.
+    pub async fn withdraw(&self, gang: &str, vms: Vec<String>) -> Result<(), ClientError> {
+        let path = format!("/v1/offers/{}/withdraw", escape(gang));
+        self.post(&path, &Withdraw { vms }).await
+    }
+
     /// Starts (or, dry, checks) a migration.
     pub async fn migrate(
         &self,

@@ -3,7 +3,9 @@
 use super::access;
 use super::call::{ApiCall, ApiError, ApiResult, ErrorKind, Reply};
 use super::server::ApiLimits;
-use super::types::{AdoptVm, Cancel, ErrorBody, MigrationRequest, Resolve, RunVm};
+use super::types::{
+    AdoptVm, Cancel, ErrorBody, MigrationRequest, OfferRequest, Resolve, RunVm, Withdraw,
+};
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
@@ -32,6 +34,9 @@ pub(super) fn router(calls: mpsc::Sender<ApiCall>, limits: ApiLimits) -> Router 
         .route("/v1/vms/run", post(run_vm))
         .route("/v1/vms/adopt", post(adopt_vm))
         .route("/v1/vms/{name}/stop", post(stop_vm))
+        .route("/v1/offers", post(offer))
+        .route("/v1/offers/{gang}", get(offers))
+        .route("/v1/offers/{gang}/withdraw", post(withdraw))
         .route("/v1/migrations", get(list_migrations).post(migrate))
         .route("/v1/migrations/{id}", get(migration))
         .route("/v1/migrations/{id}/cancel", post(cancel))
@@ -76,6 +81,33 @@ async fn adopt_vm(State(agent): State<Agent>, body: Body) -> Response {
 async fn stop_vm(State(agent): State<Agent>, Path(name): Path<String>) -> Response {
     let call = |reply| ApiCall::StopVm { name, reply };
     json(agent.ask(agent.limits.slow, call).await)
+}
+
+async fn offer(State(agent): State<Agent>, body: Body) -> Response {
+    let request: OfferRequest = match parse(body) {
+        Ok(request) => request,
+        Err(error) => return refuse(error),
+    };
+    let call = |reply| ApiCall::Offer { request, reply };
+    json(agent.ask(agent.limits.quick, call).await)
+}
+
+async fn offers(State(agent): State<Agent>, Path(gang): Path<String>) -> Response {
+    let call = |reply| ApiCall::Offers { gang, reply };
+    json(agent.ask(agent.limits.quick, call).await)
+}
+
+async fn withdraw(State(agent): State<Agent>, Path(gang): Path<String>, body: Body) -> Response {
+    let request: Withdraw = match parse(body) {
+        Ok(request) => request,
+        Err(error) => return refuse(error),
+    };
+    let call = |reply| ApiCall::Withdraw {
+        gang,
+        request,
+        reply,
+    };
+    json(agent.ask(agent.limits.quick, call).await)
 }
 
 async fn list_migrations(State(agent): State<Agent>) -> Response {

@@ -41,8 +41,8 @@ pub struct AdoptVm {
 pub struct VmInfo {
     /// Its name.
     pub name: String,
-    /// How it is moved: `qemu-direct` or `qemu-stream`; `none` if it cannot
-    /// be moved.
+    /// How it is moved: `qemu-direct`, `qemu-stream`, or `qemu-managed` if its
+    /// manager drives it; `none` if it cannot be moved.
     pub kind: String,
     /// All kinds, the possible ones first, the best of them first; empty while
     /// it moves.
@@ -60,7 +60,7 @@ pub struct VmInfo {
     pub dirty_bytes_per_s: Option<u64>,
     /// Process id of the VMM.
     pub pid: u32,
-    /// Its QMP socket.
+    /// Its QMP socket; of a `qemu-managed` one that of its migration.
     pub qmp: PathBuf,
     /// Dedup domain.
     pub domain: String,
@@ -74,6 +74,69 @@ pub struct KindInfo {
     /// Why it is not possible, and what would make it so; none if it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why_not: Option<String>,
+}
+
+/// `POST /v1/offers`: offer sockets to VMs whose manager (libvirt) drives their
+/// migration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OfferRequest {
+    /// The gang that is to take them along.
+    pub gang: String,
+    /// Their dedup domain.
+    pub domain: String,
+    /// The VMs; each gets a socket of its name.
+    pub vms: Vec<String>,
+}
+
+/// `POST /v1/offers/{gang}/withdraw`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Withdraw {
+    /// Only these VMs; all that are offered if it is empty.
+    pub vms: Vec<String>,
+}
+
+/// A socket that is offered to a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfferInfo {
+    /// The VM.
+    pub vm: String,
+    /// What `virsh migrate` is to be told by `--migrateuri`.
+    pub uri: String,
+    /// The socket.
+    pub socket: PathBuf,
+    /// How far it is.
+    pub state: OfferState,
+    /// Why it is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// How far an offer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OfferState {
+    /// Nobody has connected.
+    Offered,
+    /// The VM's VMM has, and waits for its gang.
+    Connected,
+    /// A gang moves it.
+    Moving,
+    /// What has connected cannot be moved, or has gone again.
+    Refused,
+}
+
+impl OfferState {
+    /// The JSON name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Offered => "offered",
+            Self::Connected => "connected",
+            Self::Moving => "moving",
+            Self::Refused => "refused",
+        }
+    }
 }
 
 /// How to run a migration.

@@ -1,8 +1,9 @@
 //! Commands and options.
 
-use crate::api::types::{Compress, Verify};
+use crate::api::types::{Compress, MigrationOptions, Verify};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Moves gangs of running VMs between racks, live.
 #[derive(Debug, Parser)]
@@ -138,6 +139,13 @@ pub enum VmCommand {
 /// `drover gang`
 #[derive(Debug, Subcommand)]
 pub enum GangCommand {
+    /// Offer sockets to VMs whose manager (libvirt) drives their migration, wait
+    /// until it has brought them, and move them as one gang; at the agent of the
+    /// host they leave.
+    ///
+    /// Prints for each VM what `virsh migrate --migrateuri` is to be told, then
+    /// waits. Ctrl-C withdraws the sockets, and later is heard as by `migrate`.
+    Open(GangOpen),
     /// Take over a gang whose coordinator has died; at the agent of any of its
     /// hosts. Waits until its VMs have arrived; Ctrl-C is heard as by `migrate`.
     Resume {
@@ -159,21 +167,74 @@ pub enum GangCommand {
     },
 }
 
+/// `drover gang open`
+#[derive(Debug, Args)]
+pub struct GangOpen {
+    /// The gang's name.
+    pub gang: String,
+    /// The agent of the host that the VMs go to.
+    #[arg(long, value_name = "AGENT")]
+    pub to: String,
+    /// Dedup domain of the VMs: only VMs of one domain share pages.
+    #[arg(long, value_name = "NAME")]
+    pub domain: String,
+    /// A VM to offer a socket to; give it once for each.
+    #[arg(long = "vm", value_name = "NAME", required = true)]
+    pub vms: Vec<String>,
+    /// Go on when so many have come; the sockets of the others are withdrawn
+    /// [default: all].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub wait_for: Option<u16>,
+    /// How long to wait for them, like `90s` or `10m`.
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = duration)]
+    pub wait: Duration,
+    /// A plan whose VMs, in the agents' charge, move in the same gang.
+    #[arg(long, value_name = "PLAN.TOML")]
+    pub with: Option<PathBuf>,
+    /// How to move them.
+    #[command(flatten)]
+    pub how: HowToMove,
+}
+
+/// A time like `90s`, `10m` or `1h`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("`{text}` is no time: write it like 90s, 10m or 1h");
+    let unit = match text.chars().next_back() {
+        Some('s') => 1,
+        Some('m') => 60,
+        Some('h') => 3600,
+        _ => return Err(wrong()),
+    };
+    let count: u32 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
+    match count {
+        0 => Err(wrong()),
+        _ => Ok(Duration::from_secs(u64::from(count) * unit)),
+    }
+}
+
 /// `drover migrate`
 #[derive(Debug, Args)]
 pub struct Migrate {
     /// The plan.
     #[arg(value_name = "PLAN.TOML")]
     pub plan: PathBuf,
+    /// Check everything, move nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// How to move them.
+    #[command(flatten)]
+    pub how: HowToMove,
+}
+
+/// How a gang moves.
+#[derive(Debug, Args)]
+pub struct HowToMove {
     /// Pacing profile of the policy: background, normal, urgent or evacuate.
     #[arg(long, value_name = "NAME")]
     pub profile: Option<String>,
     /// Print one JSON object at the end, nothing else on standard output.
     #[arg(long)]
     pub json: bool,
-    /// Check everything, move nothing.
-    #[arg(long)]
-    pub dry_run: bool,
     /// Longest stop of a guest to aim for [default: 300].
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=60_000))]
     pub downtime_limit: Option<u64>,
@@ -195,6 +256,20 @@ pub enum VerifyArg {
     Digest,
     /// Fingerprint all of guest RAM again on both sides first.
     Full,
+}
+
+impl HowToMove {
+    /// In the API's terms.
+    pub fn options(&self, dry_run: bool) -> MigrationOptions {
+        MigrationOptions {
+            profile: self.profile.clone(),
+            dry_run,
+            downtime_limit_ms: self.downtime_limit,
+            verify: self.verify.into(),
+            align: self.align,
+            compress: self.compress.into(),
+        }
+    }
 }
 
 impl From<VerifyArg> for Verify {

@@ -34,21 +34,29 @@ pub(super) async fn run(socket: &Path, args: Migrate) -> Result<ExitCode, CliErr
     let request = MigrationRequest {
         plan_file: args.plan.display().to_string(),
         plan: text,
-        options: MigrationOptions {
-            profile: args.profile,
-            dry_run: args.dry_run,
-            downtime_limit_ms: args.downtime_limit,
-            verify: args.verify.into(),
-            align: args.align,
-            compress: args.compress.into(),
-        },
+        options: args.how.options(args.dry_run),
     };
     let client = ApiClient::new(socket);
     // From here on Ctrl-C no longer simply ends the command.
-    let mut interrupts = signal(SignalKind::interrupt())
-        .map_err(|e| CliError::failed(format!("cannot wait for Ctrl-C: {e}"), ""))?;
+    let mut interrupts = interrupts()?;
+    move_gang(&client, &mut interrupts, &request, args.how.json).await
+}
+
+/// Hears Ctrl-C from now on.
+pub(super) fn interrupts() -> Result<Signal, CliError> {
+    signal(SignalKind::interrupt())
+        .map_err(|e| CliError::failed(format!("cannot wait for Ctrl-C: {e}"), ""))
+}
+
+/// Starts a migration, follows it to its end and tells how that was.
+pub(super) async fn move_gang(
+    client: &ApiClient,
+    interrupts: &mut Signal,
+    request: &MigrationRequest,
+    json: bool,
+) -> Result<ExitCode, CliError> {
     let mut interrupted = false;
-    let starting = client.migrate(&request);
+    let starting = client.migrate(request);
     tokio::pin!(starting);
     let started = loop {
         tokio::select! {
@@ -57,7 +65,7 @@ pub(super) async fn run(socket: &Path, args: Migrate) -> Result<ExitCode, CliErr
         }
         // Of a gang that is not known to have begun nothing can be cancelled
         // yet; a dry run moves nothing.
-        if interrupted || args.dry_run {
+        if interrupted || request.options.dry_run {
             return Err(CliError {
                 error: "left before the agent answered".to_owned(),
                 remedy: "it may have started the migration: see `drover status`".to_owned(),
@@ -68,13 +76,13 @@ pub(super) async fn run(socket: &Path, args: Migrate) -> Result<ExitCode, CliErr
         eprintln!("cancelled as soon as the agent answers; press Ctrl-C again to leave");
     };
     let Some(id) = started.id.clone() else {
-        return dry_run(&started, args.json);
+        return dry_run(&started, json);
     };
     if interrupted {
         client.cancel(&id, None).await?;
     }
-    let report = follow(&client, &mut interrupts, &id, &started.gang, interrupted).await?;
-    tell(&report, args.json)
+    let report = follow(client, interrupts, &id, &started.gang, interrupted).await?;
+    tell(&report, json)
 }
 
 fn tell(report: &GangReport, json: bool) -> Result<ExitCode, CliError> {
@@ -89,8 +97,7 @@ fn tell(report: &GangReport, json: bool) -> Result<ExitCode, CliError> {
 /// `drover gang resume`
 pub(super) async fn resume(socket: &Path, gang: &str, json: bool) -> Result<ExitCode, CliError> {
     let client = ApiClient::new(socket);
-    let mut interrupts = signal(SignalKind::interrupt())
-        .map_err(|e| CliError::failed(format!("cannot wait for Ctrl-C: {e}"), ""))?;
+    let mut interrupts = interrupts()?;
     let started = client.resume_gang(gang).await?;
     let id = started.id.as_deref().unwrap_or(gang);
     let report = follow(&client, &mut interrupts, id, &started.gang, false).await?;

@@ -4,6 +4,7 @@ pub mod args;
 mod bench;
 mod check;
 mod error;
+mod gang;
 mod migrate;
 mod pki;
 pub mod render;
@@ -47,6 +48,7 @@ fn run(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Cancel { gang, vm } => on_runtime(migrate::cancel(&socket, &gang, vm.as_deref())),
         Command::Gang { command } => on_runtime(async {
             match command {
+                GangCommand::Open(open) => gang::open(&socket, open).await,
                 GangCommand::Resume { gang, json } => migrate::resume(&socket, &gang, json).await,
                 GangCommand::Resolve { vm, runs_on } => {
                     migrate::resolve(&socket, vm, runs_on).await

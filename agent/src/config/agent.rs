@@ -33,6 +33,11 @@ pub struct AgentConfig {
     pub run_dir: PathBuf,
     /// RAM files of VMs; on tmpfs or hugetlbfs.
     pub ram_dir: PathBuf,
+    /// Sockets `NAME.sock` of VMs whose manager (libvirt) drives their migration.
+    pub transport_dir: PathBuf,
+    /// The group that may make sockets there, if the agent makes the directory:
+    /// that of QEMU's user. Only root otherwise.
+    pub transport_group: Option<String>,
     /// How to log.
     pub log: LogConfig,
     /// File of the cluster secret.
@@ -171,6 +176,8 @@ pub(super) struct Draft {
     pub(super) state_dir: Option<PathBuf>,
     pub(super) run_dir: Option<PathBuf>,
     pub(super) ram_dir: Option<PathBuf>,
+    pub(super) transport_dir: Option<PathBuf>,
+    pub(super) transport_group: Option<String>,
     pub(super) log: LogConfig,
     pub(super) secret_file: Option<PathBuf>,
     pub(super) tls: Option<TlsConfig>,
@@ -210,6 +217,9 @@ fn read(file: &Path, root: &Section<'_, '_>) -> Draft {
         state_dir: path("state_dir", "add state_dir = \"/var/lib/drover\""),
         run_dir: path("run_dir", "add run_dir = \"/run/drover/vms\""),
         ram_dir: path("ram_dir", "add ram_dir = \"/dev/shm/drover\""),
+        transport_dir: Some(root.or("transport_dir", PathBuf::from("/run/drover/transport")))
+            .map(|p| here.join(p)),
+        transport_group: root.optional("transport_group"),
         log: check::log(root),
         secret_file: path(
             "secret_file",
@@ -243,6 +253,8 @@ impl Draft {
             state_dir: self.state_dir?,
             run_dir: self.run_dir?,
             ram_dir: self.ram_dir?,
+            transport_dir: self.transport_dir?,
+            transport_group: self.transport_group,
             log: self.log,
             secret_file: self.secret_file?,
             tls: self.tls?,

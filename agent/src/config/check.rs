@@ -70,6 +70,7 @@ fn named_groups(draft: &Draft) -> impl Iterator<Item = (&'static str, &str)> {
     let keys = [
         ("api_group", draft.api_group.as_deref()),
         ("api_readonly_group", draft.api_readonly_group.as_deref()),
+        ("transport_group", draft.transport_group.as_deref()),
     ];
     keys.into_iter()
         .filter_map(|(key, name)| Some((key, name?)))
@@ -100,6 +101,7 @@ fn directories_differ(root: &Section<'_, '_>, draft: &Draft) {
         ("state_dir", &draft.state_dir),
         ("run_dir", &draft.run_dir),
         ("ram_dir", &draft.ram_dir),
+        ("transport_dir", &draft.transport_dir),
     ];
     for (key, dir) in dirs {
         let Some(dir) = dir else { continue };
@@ -395,6 +397,7 @@ pub(super) fn host(root: &Section<'_, '_>, draft: &Draft) {
         ("state_dir", &draft.state_dir),
         ("run_dir", &draft.run_dir),
         ("ram_dir", &draft.ram_dir),
+        ("transport_dir", &draft.transport_dir),
     ];
     for (key, dir) in makes {
         if let Some(dir) = dir {

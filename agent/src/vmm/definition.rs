@@ -39,6 +39,9 @@ pub enum Kind {
     QemuDirect,
     /// QEMU whose RAM is its own: its migration stream tells what to send.
     QemuStream,
+    /// QEMU whose manager (libvirt) drives its migration. No definition names it.
+    #[serde(skip_deserializing)]
+    QemuManaged,
 }
 
 impl Kind {
@@ -60,6 +63,7 @@ impl fmt::Display for Kind {
             Kind::Auto => "auto",
             Kind::QemuDirect => "qemu-direct",
             Kind::QemuStream => "qemu-stream",
+            Kind::QemuManaged => "qemu-managed",
         })
     }
 }

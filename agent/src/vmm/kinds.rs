@@ -21,6 +21,7 @@
 use super::definition::{Definition, Kind, VmPaths};
 use super::direct::{self, DirectError};
 use super::launch::Vmm;
+use super::managed::{self, ManagedError, ManagedFacts};
 use super::preflight::QemuFacts;
 use super::source::{DirectSource, PageRead, PageSink};
 use super::stream::{self, StreamPages, StreamVmError};
@@ -41,6 +42,8 @@ pub enum VmFacts {
     QemuDirect(QemuFacts),
     /// QEMU whose RAM is its own.
     QemuStream(QemuFacts),
+    /// QEMU whose manager drives its migration.
+    QemuManaged(ManagedFacts),
 }
 
 impl VmFacts {
@@ -49,6 +52,7 @@ impl VmFacts {
         match self {
             VmFacts::QemuDirect(_) => Kind::QemuDirect,
             VmFacts::QemuStream(_) => Kind::QemuStream,
+            VmFacts::QemuManaged(_) => Kind::QemuManaged,
         }
     }
 
@@ -56,6 +60,7 @@ impl VmFacts {
     pub fn ram_bytes(&self) -> u64 {
         match self {
             VmFacts::QemuDirect(facts) | VmFacts::QemuStream(facts) => facts.ram_bytes,
+            VmFacts::QemuManaged(facts) => facts.ram_bytes,
         }
     }
 }
@@ -69,6 +74,15 @@ pub enum KindError {
     /// In stream mode.
     #[error(transparent)]
     Stream(#[from] Box<StreamVmError>),
+    /// Moved by its manager.
+    #[error(transparent)]
+    Managed(#[from] Box<ManagedError>),
+    /// A manager starts and drives the VMM.
+    #[error("VM {vm}: its manager drives it, so it moves by `drover gang open`")]
+    Managers {
+        /// The VM.
+        vm: String,
+    },
     /// No kind takes the VM.
     #[error("{}", told(.0))]
     None(Vec<Unfit>),
@@ -138,6 +152,8 @@ pub enum SourceVm {
     Direct(direct::SourceVm),
     /// QEMU whose RAM is its own.
     Stream(Box<stream::SourceVm>),
+    /// QEMU whose manager drives its migration.
+    Managed(Arc<managed::SourceVm>),
 }
 
 impl SourceVm {
@@ -172,6 +188,9 @@ impl SourceVm {
                 let vm = stream::SourceVm::open(vmm).await.map_err(boxed)?;
                 Ok(SourceVm::Stream(Box::new(vm)))
             }
+            Kind::QemuManaged => Err(KindError::Managers {
+                vm: vmm.name.clone(),
+            }),
             Kind::Auto => Box::pin(Self::open(vmm, kind)).await,
         }
     }
@@ -181,6 +200,7 @@ impl SourceVm {
         match self {
             SourceVm::Direct(vm) => VmFacts::QemuDirect(vm.facts().clone()),
             SourceVm::Stream(vm) => VmFacts::QemuStream(vm.facts().clone()),
+            SourceVm::Managed(vm) => VmFacts::QemuManaged(vm.facts().clone()),
         }
     }
 
@@ -189,14 +209,17 @@ impl SourceVm {
         match self {
             SourceVm::Direct(vm) => vm.ram().clone(),
             SourceVm::Stream(vm) => vm.ram().clone(),
+            SourceVm::Managed(vm) => vm.ram().clone(),
         }
     }
 
-    /// Whether the guest runs.
+    /// Whether the guest runs. Of one that its manager drives only the manager
+    /// knows, and minds it.
     pub async fn is_running(&self) -> Result<bool, KindError> {
         match self {
             SourceVm::Direct(vm) => Ok(vm.is_running().await?),
             SourceVm::Stream(vm) => Ok(vm.is_running().await.map_err(boxed)?),
+            SourceVm::Managed(_) => Ok(true),
         }
     }
 
@@ -211,6 +234,7 @@ impl SourceVm {
                 Ok(Pages::Direct(DirectSource::new(vm.ram().clone(), log)))
             }
             SourceVm::Stream(vm) => Ok(Pages::Stream(vm.pages())),
+            SourceVm::Managed(vm) => Ok(Pages::Stream(vm.pages())),
         }
     }
 
@@ -219,7 +243,7 @@ impl SourceVm {
     pub fn stops_by_itself(&self) -> bool {
         match self {
             SourceVm::Direct(_) => false,
-            SourceVm::Stream(_) => true,
+            SourceVm::Stream(_) | SourceVm::Managed(_) => true,
         }
     }
 
@@ -228,22 +252,25 @@ impl SourceVm {
         match self {
             SourceVm::Direct(vm) => Ok(vm.prepare_state_out().await?),
             SourceVm::Stream(vm) => Ok(vm.begin(socket).await.map_err(boxed)?),
+            SourceVm::Managed(vm) => Ok(vm.begin().map_err(managed)?),
         }
     }
 
-    /// Stops the guest for stop-and-copy. Returns whether it was running: one
+    /// Stops the guest for stop-and-copy, or waits until its VMM has, if its
+    /// manager drives it. Returns whether it was running: one
     /// that its operator has paused must not run on the target either.
     pub async fn pause(&self) -> Result<bool, KindError> {
         match self {
             SourceVm::Direct(vm) => Ok(vm.pause().await?),
             SourceVm::Stream(vm) => Ok(vm.pause().await.map_err(boxed)?),
+            SourceVm::Managed(vm) => Ok(vm.stopped().await.map(|()| true).map_err(managed)?),
         }
     }
 
     /// The guest stands still, and everybody knows: the last pages may follow.
     pub async fn report_rest(&self) -> Result<(), KindError> {
         match self {
-            SourceVm::Direct(_) => Ok(()),
+            SourceVm::Direct(_) | SourceVm::Managed(_) => Ok(()),
             SourceVm::Stream(vm) => Ok(vm.report_rest().await.map_err(boxed)?),
         }
     }
@@ -253,6 +280,7 @@ impl SourceVm {
         match self {
             SourceVm::Direct(_) => None,
             SourceVm::Stream(vm) => vm.stopped_at(),
+            SourceVm::Managed(vm) => vm.stopped_at(),
         }
     }
 
@@ -260,7 +288,8 @@ impl SourceVm {
     /// has said that it has all of it. Every page must be in place there.
     ///
     /// On success the VMM stands still for good: the target owns the VM as soon
-    /// as the journal says so. On failure, [`roll_back`].
+    /// as the journal says so. On failure, [`roll_back`]. Of one that its manager
+    /// drives, [`managed::SourceVm::complete`] is still to come.
     pub async fn state_out(
         &self,
         socket: &Path,
@@ -270,6 +299,7 @@ impl SourceVm {
         match self {
             SourceVm::Direct(vm) => Ok(vm.state_out(socket, target, limit).await?),
             SourceVm::Stream(vm) => Ok(vm.state_out(target, limit).await.map_err(boxed)?),
+            SourceVm::Managed(vm) => Ok(vm.state_out(target, limit).await.map_err(managed)?),
         }
     }
 
@@ -278,11 +308,16 @@ impl SourceVm {
         match self {
             SourceVm::Direct(_) => {}
             SourceVm::Stream(vm) => vm.break_off(),
+            SourceVm::Managed(vm) => vm.break_off(),
         }
     }
 }
 
 fn boxed(error: StreamVmError) -> Box<StreamVmError> {
+    Box::new(error)
+}
+
+fn managed(error: ManagedError) -> Box<ManagedError> {
     Box::new(error)
 }
 
@@ -299,7 +334,8 @@ pub async fn resume_arrived(vmm: &Vmm, run: bool) -> Result<(), KindError> {
     Ok(direct::resume_arrived(vmm, run).await?)
 }
 
-/// A VM on the host it is moved to. Dropped before [`TargetVm::keep`], its VMM
+/// A VM on the host it is moved to, in a VMM that the agent has started
+/// ([`managed::TargetVm`] is the other sort). Dropped before [`TargetVm::keep`], its VMM
 /// is killed and its files are removed.
 #[derive(Debug)]
 pub enum TargetVm {
@@ -327,6 +363,9 @@ impl TargetVm {
                     .await
                     .map_err(boxed)?,
             )),
+            VmFacts::QemuManaged(facts) => Err(KindError::Managers {
+                vm: facts.name.clone(),
+            }),
         }
     }
 

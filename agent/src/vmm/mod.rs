@@ -11,7 +11,9 @@
 //! is where they differ.
 //!
 //! QEMU in *stream mode* is in [`stream`]: RAM in the VMM's own memory, QEMU's
-//! migration stream, read by [`qemu_stream`], as the dirty log.
+//! migration stream, read by [`qemu_stream`], as the dirty log. The QEMU of a VM
+//! whose manager drives its migration is in [`managed`]: the same, without a
+//! monitor.
 //!
 //! No gang uses [`kvm_log`] yet, for VMMs that answer KVM's own dirty log, nor
 //! [`cloud_hypervisor`], the migration protocol of that VMM.
@@ -24,6 +26,7 @@ pub mod inject;
 pub mod kinds;
 pub mod kvm_log;
 pub mod launch;
+pub mod managed;
 pub mod maps;
 pub mod pagemap;
 pub mod pageset;

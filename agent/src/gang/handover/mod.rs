@@ -17,6 +17,9 @@
 //! In between, for as long as it takes: committed, and the target has not
 //! confirmed. The source's copy stands still and is kept.
 //!
+//! A VM whose manager drives its migration takes the same way to *loaded*, and
+//! then its [`manager`] decides.
+//!
 //! See `docs/handover.md`.
 
 pub mod care;
@@ -24,6 +27,7 @@ pub mod fence;
 pub mod leaving;
 mod live;
 pub mod machine;
+pub mod manager;
 #[cfg(test)]
 mod model;
 
@@ -31,7 +35,7 @@ use crate::dedup::fingerprint::FingerprintKey;
 use crate::gang::coordinator::Caller;
 use crate::gang::flight::Flight;
 use crate::gang::message::{GangRequest, GangResponse, GangSpec, Verify};
-use crate::gang::moments::Moment;
+use crate::gang::moments::{Moment, Moments};
 use crate::gang::plant::{self, Plant};
 use crate::gang::scan::{Command, Step};
 use crate::gang::verify::full_digest;
@@ -42,6 +46,7 @@ use crate::vmm::kinds::SourceVm;
 use leaving::Leaving;
 pub use live::Live;
 use machine::{RunsOn, Source, SourceEvent};
+use manager::Managers;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -62,11 +67,71 @@ const CANCEL_POLL: Duration = Duration::from_millis(10);
 /// How long the debug hold waits for its go.
 const HOLD_LIMIT: Duration = Duration::from_secs(30);
 
+/// Who decides where the VM runs, and what goes on when the target has
+/// everything, or when it cannot have it.
+pub enum Decides<C> {
+    /// The two agents, by their journals.
+    Agents(Leaving<C>),
+    /// The VM's manager.
+    Manager(Managers<C>),
+}
+
+impl<C: Caller> Decides<C> {
+    fn caller(&self) -> &Rc<C> {
+        match self {
+            Decides::Agents(leaving) => &leaving.caller,
+            Decides::Manager(managers) => &managers.caller,
+        }
+    }
+
+    fn moments(&self) -> &Moments {
+        match self {
+            Decides::Agents(leaving) => &leaving.moments,
+            Decides::Manager(managers) => &managers.moments,
+        }
+    }
+
+    /// Makes durable, where that is the agents' business, that the VM is here,
+    /// and whether its guest, found stopped, is to be let run.
+    pub async fn moving(&mut self, run: bool) -> Result<(), String> {
+        match self {
+            Decides::Agents(leaving) => leaving.moving(run).await,
+            Decides::Manager(_) => Ok(()),
+        }
+    }
+
+    fn ran(&mut self, run: bool) {
+        if let Decides::Agents(leaving) = self {
+            leaving.record.run = run;
+        }
+    }
+
+    async fn run(self, source: SourceVm, moved: Result<(), String>) -> RunsOn {
+        match self {
+            Decides::Agents(mut leaving) => {
+                let event = match moved {
+                    Ok(()) => SourceEvent::Loaded,
+                    Err(why) => {
+                        source.break_off();
+                        leaving.care.because(&why);
+                        leaving.why = why;
+                        SourceEvent::Failed
+                    }
+                };
+                let decided = leaving.run(Source::Moving.on(event)).await;
+                drop(source);
+                decided
+            }
+            Decides::Manager(managers) => managers.run(moved).await,
+        }
+    }
+}
+
 /// One VM on its way out.
 pub struct Handover<C> {
     /// What goes on when the target has everything, or when it cannot have it.
-    pub leaving: Leaving<C>,
-    /// Hears of that: the same as in `leaving`.
+    pub decides: Decides<C>,
+    /// Hears of that: the same as in `decides`.
     pub live: Rc<Live>,
     /// Opens the connection for device state.
     pub roster: Arc<Roster>,
@@ -100,21 +165,13 @@ impl<C: Caller> Handover<C> {
     }
 
     async fn reach(&self, moment: Moment) {
-        self.leaving.moments.reach(moment, self.name()).await;
+        self.decides.moments().reach(moment, self.name()).await;
     }
 
     /// Runs the handover to its end, however long that takes.
     pub async fn run(mut self) -> RunsOn {
-        let event = match self.until_loaded().await {
-            Ok(()) => SourceEvent::Loaded,
-            Err(why) => {
-                self.source.break_off();
-                self.leaving.care.because(&why);
-                self.leaving.why = why;
-                SourceEvent::Failed
-            }
-        };
-        self.leaving.run(Source::Moving.on(event)).await
+        let moved = self.until_loaded().await;
+        self.decides.run(self.source, moved).await
     }
 
     /// Everything up to the moment where the target has the whole VM and has
@@ -148,7 +205,8 @@ impl<C: Caller> Handover<C> {
             }
         };
         let pausing = Instant::now();
-        self.leaving.record.run = self.source.pause().await.map_err(|e| chain(&e))?;
+        let ran = self.source.pause().await.map_err(|e| chain(&e))?;
+        self.decides.ran(ran);
         self.live
             .stopped_since(self.source.stopped_at().unwrap_or(pausing));
         self.live.lap(|stop| &mut stop.pause_ms);
@@ -176,7 +234,7 @@ impl<C: Caller> Handover<C> {
     /// it runs now.
     async fn may_be_stopped(&mut self) -> Result<(), String> {
         let runs = self.source.is_running().await.map_err(|e| chain(&e))?;
-        self.leaving.moving(runs).await
+        self.decides.moving(runs).await
     }
 
     async fn cancelled(&self) {
@@ -257,7 +315,7 @@ impl<C: Caller> Handover<C> {
             full,
             wait_ms: SEAL_WAIT.as_millis() as u64,
         };
-        let caller = self.leaving.caller.clone();
+        let caller = self.decides.caller().clone();
         let target = self.flight.target.clone();
         let answer = caller.call(&target, seal, SEAL_WAIT + STEP_LIMIT);
         let answer = tokio::select! {
@@ -324,8 +382,8 @@ impl<C: Caller> Handover<C> {
             vm: self.vm(),
         };
         let ram = match self
-            .leaving
-            .caller
+            .decides
+            .caller()
             .call(&self.flight.target, request, STEP_LIMIT)
             .await?
         {
@@ -365,8 +423,8 @@ impl<C: Caller> Handover<C> {
                 wait_ms: DEVICE_LIMIT.as_millis() as u64,
             };
             match self
-                .leaving
-                .caller
+                .decides
+                .caller()
                 .call(&self.flight.target, request, DEVICE_LIMIT + STEP_LIMIT)
                 .await?
             {

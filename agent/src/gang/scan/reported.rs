@@ -10,9 +10,9 @@
 use super::{BARRIER_LIMIT, Carrier, Command, STOP_COPY_LIMIT, ScanError, Step, TICK};
 use crate::gang::message::Phase;
 use crate::gang::rounds::{Convergence, Verdict};
-use crate::types::{Class, Round};
+use crate::types::{Class, PAGE_SIZE, Round};
 use crate::vmm::PageSet;
-use crate::vmm::stream::{Progress, StreamPages};
+use crate::vmm::stream::{Pace, Progress, StreamPages};
 use std::io;
 use std::sync::mpsc::{RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
@@ -80,6 +80,7 @@ impl StreamScan {
     fn turn_has_come(&mut self, until: Instant) -> Result<bool, ScanError> {
         loop {
             self.carrier.check()?;
+            self.source.check()?;
             let again = self.carrier.again()?;
             if !again.is_empty() {
                 self.send(&again, Class::Precopy)?;
@@ -101,6 +102,7 @@ impl StreamScan {
     /// and the handover was told that the thread is at the barrier.
     fn follow(&mut self) -> Result<(), ScanError> {
         let mut convergence = Convergence::new(self.carrier.rules.limits);
+        let alone = self.source.stops_alone();
         let begun = Instant::now();
         let (mut judged, mut pass_began) = (0, begun);
         let (mut before, mut dirty) = (self.changed(), 0);
@@ -129,6 +131,9 @@ impl StreamScan {
             }
             let rest = self.carrier.rest(dirty + progress.waiting);
             match convergence.judge(judged, begun.elapsed(), rest) {
+                // Nobody here can have its guest stopped: its VMM does, or goes on.
+                Verdict::Ready if alone => {}
+                Verdict::NoConvergence if alone && self.carrier.rules.force_switch => {}
                 Verdict::Ready => break,
                 Verdict::NoConvergence if self.carrier.rules.force_switch => break,
                 Verdict::NoConvergence => return Err(self.carrier.not_converging(judged)),
@@ -178,6 +183,11 @@ impl StreamScan {
     fn carry_on(&mut self, class: Class, wait: Duration) -> Result<Progress, ScanError> {
         self.carrier.check()?;
         let ahead = self.carrier.held_room().clamp(AHEAD.0, AHEAD.1);
+        let rest = self.carrier.rest(0);
+        self.source.set_pace(Pace {
+            bytes_per_s: rest.bytes_per_s / rest.bytes_per_page.max(1.0) * PAGE_SIZE as f64,
+            downtime: self.carrier.rules.limits.downtime_limit,
+        });
         let taken = self.source.take(wait, ahead)?;
         let mut pages = taken.pages;
         pages.extend(&self.carrier.again()?);

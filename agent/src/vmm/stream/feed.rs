@@ -12,7 +12,7 @@
 //! been staged: what QEMU has got rid of counts as sent in its view, and would
 //! have to be sent while the guest stands still.
 
-use crate::types::Gfn;
+use crate::types::{Gfn, PAGE_SIZE};
 use crate::vmm::PageSet;
 use crate::vmm::source::PageRead;
 use std::io;
@@ -27,7 +27,7 @@ const CAP: u64 = 4096;
 
 /// Whether the guest stands still, as its VMM says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Stand {
+pub(in crate::vmm) enum Stand {
     /// It runs, or its operator has paused it.
     Runs,
     /// Its VMM has stopped it for the switch.
@@ -35,6 +35,41 @@ pub(super) enum Stand {
     /// Nothing will come of this migration.
     Over(String),
 }
+
+/// How fast the stream of a QEMU may be read that decides alone when to stop its
+/// guest: when what is left takes less than its `downtime-limit` at the speed of
+/// the last 100 ms. Read at memory speed, the pages that have not changed would
+/// have it stop a guest of which seconds of sending are left.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Pace {
+    /// At this rate pages that have changed can be sent, bytes of RAM a second.
+    pub bytes_per_s: f64,
+    /// The limit of the downtime.
+    pub downtime: Duration,
+}
+
+impl Pace {
+    /// Of a stream that has just begun.
+    const FIRST: Pace = Pace {
+        bytes_per_s: 1e6,
+        downtime: Duration::from_millis(300),
+    };
+    /// While a pass of QEMU's goes through all of RAM, it may be read faster:
+    /// so that what is left of the pass takes this many times the downtime limit
+    /// at every moment.
+    const AHEAD: u32 = 4;
+    /// And so long at least: QEMU's measure is of the last 100 ms.
+    const SHORTEST: Duration = Duration::from_secs(1);
+
+    /// Bytes a second when so many bytes of the first pass are left.
+    fn rate(&self, left: u64) -> f64 {
+        let horizon = (self.downtime * Self::AHEAD).max(Self::SHORTEST);
+        self.bytes_per_s.max(left as f64 / horizon.as_secs_f64())
+    }
+}
+
+/// Shorter waits than this are put together.
+const SHORT: Duration = Duration::from_millis(1);
 
 /// How far the stream is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -78,6 +113,8 @@ struct State {
     /// Taken, and not staged.
     taken: u64,
     cap: u64,
+    /// How fast the reader may go, if that matters, and when it may go on.
+    pace: Option<(Pace, Instant)>,
     progress: Progress,
     /// Of the pass under way.
     pass_pages: u64,
@@ -108,6 +145,7 @@ impl Feed {
                 reported_len: 0,
                 taken: 0,
                 cap: CAP,
+                pace: None,
                 progress: Progress::default(),
                 pass_pages: 0,
                 last: None,
@@ -117,6 +155,13 @@ impl Feed {
             changed: Condvar::new(),
             stand: watch::Sender::new(Stand::Runs),
         }
+    }
+
+    /// Of a VM whose QEMU decides alone when to stop the guest.
+    pub fn paced(vm: &str, pages: u32) -> Feed {
+        let feed = Feed::new(vm, pages);
+        feed.state().pace = Some((Pace::FIRST, Instant::now()));
+        feed
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -131,13 +176,14 @@ impl Feed {
         }
     }
 
-    /// The stream has these pages, in this order. Waits while too many are
-    /// waiting.
-    pub(super) fn report(&self, gfns: &[Gfn]) -> Result<(), FeedError> {
+    /// The stream has these pages, in this order and in so many bytes. Waits
+    /// while too many are waiting, and for its pace.
+    pub(super) fn report(&self, gfns: &[Gfn], bytes: usize) -> Result<(), FeedError> {
         let full =
             |s: &mut State| s.reported_len + s.taken >= s.cap && !s.lifted && s.failed.is_none();
         let waited = self.changed.wait_while(self.state(), full);
-        let mut state = waited.unwrap_or_else(PoisonError::into_inner);
+        let state = waited.unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.keep_pace(state, bytes);
         if let Some(why) = &state.failed {
             return Err(self.error(why));
         }
@@ -158,6 +204,30 @@ impl Feed {
         Ok(())
     }
 
+    fn keep_pace<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        bytes: usize,
+    ) -> MutexGuard<'a, State> {
+        let passed = state.last.map_or(0, |last| last.0);
+        let left = match state.progress.passes {
+            0 => u64::from(self.pages - passed) * PAGE_SIZE as u64,
+            _ => 0,
+        };
+        let Some((pace, due)) = &mut state.pace else {
+            return state;
+        };
+        let now = Instant::now();
+        let wait = due.saturating_duration_since(now);
+        *due = (*due).max(now) + Duration::from_secs_f64(bytes as f64 / pace.rate(left));
+        if wait < SHORT {
+            return state;
+        }
+        let paced = |s: &mut State| !s.lifted && s.failed.is_none();
+        let waited = self.changed.wait_timeout_while(state, wait, paced);
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
     /// The last section of RAM is through.
     pub(super) fn complete(&self) {
         self.state().progress.complete = true;
@@ -166,7 +236,7 @@ impl Feed {
 
     /// The guest has been stopped by its VMM: what it has not reported yet is
     /// taken at once.
-    pub(super) fn stands_still(&self, since: Instant) {
+    pub(in crate::vmm) fn stands_still(&self, since: Instant) {
         {
             let mut state = self.state();
             state.lifted = true;
@@ -183,7 +253,7 @@ impl Feed {
     }
 
     /// Nothing more will come. The first reason counts.
-    pub(super) fn fail(&self, why: &str) {
+    pub(in crate::vmm) fn fail(&self, why: &str) {
         self.state().failed.get_or_insert_with(|| why.to_owned());
         self.changed.notify_all();
         self.stand.send_if_modified(|stand| {
@@ -196,12 +266,12 @@ impl Feed {
     }
 
     /// Why nothing more will come, if so.
-    pub(super) fn failure(&self) -> Option<String> {
+    pub(in crate::vmm) fn failure(&self) -> Option<String> {
         self.state().failed.clone()
     }
 
     /// Tells when the guest stands still.
-    pub(super) fn stand(&self) -> watch::Receiver<Stand> {
+    pub(in crate::vmm) fn stand(&self) -> watch::Receiver<Stand> {
         self.stand.subscribe()
     }
 }
@@ -282,6 +352,26 @@ impl StreamPages {
         match self.distrust {
             true => vec![Gfn(0)..Gfn(self.feed.pages)],
             false => Vec::new(),
+        }
+    }
+
+    /// Whether the VMM decides alone when to stop the guest.
+    pub fn stops_alone(&self) -> bool {
+        self.feed.state().pace.is_some()
+    }
+
+    /// How fast the stream may be read from now on, if its VMM goes by that.
+    pub fn set_pace(&self, to: Pace) {
+        if let Some((pace, _)) = &mut self.feed.state().pace {
+            *pace = to;
+        }
+    }
+
+    /// Whether something can still come of the stream.
+    pub fn check(&self) -> Result<(), FeedError> {
+        match &self.feed.state().failed {
+            Some(why) => Err(self.feed.error(why)),
+            None => Ok(()),
         }
     }
 

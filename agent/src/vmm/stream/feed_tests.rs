@@ -28,11 +28,11 @@ fn taken(pages: &mut StreamPages) -> (Vec<u32>, Progress) {
 #[test]
 fn a_page_that_is_reported_again_is_taken_again() {
     let (feed, mut pages) = feed();
-    feed.report(&gfns(&[1, 2, 3])).unwrap();
-    feed.report(&gfns(&[3])).unwrap();
+    feed.report(&gfns(&[1, 2, 3]), 0).unwrap();
+    feed.report(&gfns(&[3]), 0).unwrap();
     assert_eq!(taken(&mut pages).0, [1, 2, 3]);
     pages.staged();
-    feed.report(&gfns(&[3])).unwrap();
+    feed.report(&gfns(&[3]), 0).unwrap();
     assert_eq!(taken(&mut pages).0, [3]);
 }
 
@@ -41,12 +41,12 @@ fn the_reader_waits_until_enough_is_staged() {
     let (feed, mut pages) = feed();
     // From now on 4 pages may wait.
     assert_eq!(taken(&mut pages).0, [0_u32; 0]);
-    feed.report(&gfns(&[0, 1, 2, 3])).unwrap();
+    feed.report(&gfns(&[0, 1, 2, 3]), 0).unwrap();
     let (done, is_done) = channel();
     let reader = {
         let feed = feed.clone();
         std::thread::spawn(move || {
-            feed.report(&gfns(&[4])).unwrap();
+            feed.report(&gfns(&[4]), 0).unwrap();
             done.send(()).unwrap();
         })
     };
@@ -64,9 +64,9 @@ fn the_reader_waits_until_enough_is_staged() {
 fn a_guest_that_stands_still_is_not_kept_waiting() {
     let (feed, mut pages) = feed();
     taken(&mut pages);
-    feed.report(&gfns(&[0, 1, 2, 3])).unwrap();
+    feed.report(&gfns(&[0, 1, 2, 3]), 0).unwrap();
     feed.stands_still(Instant::now());
-    feed.report(&gfns(&[4, 5, 6, 7])).unwrap();
+    feed.report(&gfns(&[4, 5, 6, 7]), 0).unwrap();
     feed.complete();
     let (list, progress) = taken(&mut pages);
     assert_eq!(list, [0, 1, 2, 3, 4, 5, 6, 7]);
@@ -76,14 +76,14 @@ fn a_guest_that_stands_still_is_not_kept_waiting() {
 #[test]
 fn passes_are_counted_by_their_wrapping_round() {
     let (feed, mut pages) = feed();
-    feed.report(&gfns(&[0, 1, 2])).unwrap();
+    feed.report(&gfns(&[0, 1, 2]), 0).unwrap();
     assert_eq!(taken(&mut pages).1.passes, 0);
     pages.staged();
-    feed.report(&gfns(&[1])).unwrap();
+    feed.report(&gfns(&[1]), 0).unwrap();
     let progress = taken(&mut pages).1;
     assert_eq!((progress.passes, progress.last_pass), (1, 3));
     pages.staged();
-    feed.report(&gfns(&[60, 0])).unwrap();
+    feed.report(&gfns(&[60, 0]), 0).unwrap();
     let progress = taken(&mut pages).1;
     assert_eq!((progress.passes, progress.last_pass), (2, 2));
 }
@@ -92,10 +92,10 @@ fn passes_are_counted_by_their_wrapping_round() {
 fn whoever_waits_hears_of_the_end() {
     let (feed, mut pages) = feed();
     taken(&mut pages);
-    feed.report(&gfns(&[0, 1, 2, 3])).unwrap();
+    feed.report(&gfns(&[0, 1, 2, 3]), 0).unwrap();
     let reader = {
         let feed = feed.clone();
-        std::thread::spawn(move || feed.report(&gfns(&[4])))
+        std::thread::spawn(move || feed.report(&gfns(&[4]), 0))
     };
     std::thread::sleep(SOON);
     feed.fail("its QEMU has ended");

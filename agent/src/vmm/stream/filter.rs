@@ -15,6 +15,7 @@ use crate::vmm::qemu_stream::{BlockId, FOOTER, Item, PageHead, Phase, Sink, Sink
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::Instant;
 use tokio::sync::mpsc::UnboundedSender;
 
 /// Most bytes that are held for the target.
@@ -51,11 +52,11 @@ impl Residue {
 
 /// The block whose pages are reported.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct MainBlock {
+pub(in crate::vmm) struct MainBlock {
     /// As QEMU lists it.
-    pub(super) name: String,
+    pub(in crate::vmm) name: String,
     /// Its length.
-    pub(super) bytes: u64,
+    pub(in crate::vmm) bytes: u64,
 }
 
 /// Where in the stream we are.
@@ -95,6 +96,8 @@ pub(super) struct Filter {
     /// Newest pages of the other blocks.
     small: BTreeMap<(BlockId, u64), Content>,
     batch: Vec<Gfn>,
+    /// Bytes that the batch has in the stream.
+    batch_bytes: usize,
 }
 
 impl Filter {
@@ -110,6 +113,7 @@ impl Filter {
             head: Vec::new(),
             small: BTreeMap::new(),
             batch: Vec::with_capacity(BATCH),
+            batch_bytes: 0,
         }
     }
 
@@ -150,6 +154,10 @@ impl Filter {
             return Err(self.other_main("none of that name".to_owned()));
         };
         if head.block == main {
+            self.batch_bytes += match content {
+                Content::Page(_) => PAGE_SIZE,
+                Content::Fill(_) => 1,
+            };
             self.batch
                 .push(Gfn((head.offset / PAGE_SIZE as u64) as u32));
             return match self.batch.len() < BATCH {
@@ -175,9 +183,10 @@ impl Filter {
     fn report(&mut self) -> Result<(), SinkError> {
         let reported = match self.batch.is_empty() {
             true => Ok(()),
-            false => self.feed.report(&self.batch),
+            false => self.feed.report(&self.batch, self.batch_bytes),
         };
         self.batch.clear();
+        self.batch_bytes = 0;
         // Whoever failed has told why.
         reported.map_err(|_: FeedError| SinkError::Gone)
     }
@@ -219,6 +228,8 @@ impl Sink<Item<'_>> for Filter {
                 Ok(())
             }
             Item::Section(Phase::StopCopy, bytes) => {
+                // Where nobody else tells.
+                self.feed.stands_still(Instant::now());
                 self.part = Part::Last(bytes.to_vec());
                 Ok(())
             }

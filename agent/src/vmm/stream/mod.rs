@@ -19,14 +19,27 @@ mod feed;
 mod filter;
 mod preflight;
 mod ram;
+mod reading;
 mod source;
 mod target;
 #[cfg(test)]
 mod testing;
 
 pub use error::{FilterError, StreamVmError};
-pub use feed::{Feed, FeedError, Progress, StreamPages, Taken};
+pub(in crate::vmm) use feed::Stand;
+pub use feed::{Feed, FeedError, Pace, Progress, StreamPages, Taken};
+pub(in crate::vmm) use filter::MainBlock;
 pub use preflight::MAX_OTHER_RAM;
 pub use ram::ProcessRam;
+pub(in crate::vmm) use reading::{Reading, hand_back};
 pub use source::SourceVm;
 pub use target::TargetVm;
+
+/// QEMU 7.2 under TCG loses dirty pages if RAM is a multiple of this.
+const TCG_LOSES: u64 = 256 << 10;
+
+/// Whether a QEMU cannot be trusted to report every page: all are compared once
+/// the guest stands still.
+pub(in crate::vmm) fn loses_pages(kvm: bool, ram_bytes: u64) -> bool {
+    !kvm && ram_bytes.is_multiple_of(TCG_LOSES)
+}

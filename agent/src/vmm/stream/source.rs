@@ -2,38 +2,28 @@
 
 use super::error::StreamVmError;
 use super::feed::{Feed, Stand, StreamPages};
-use super::filter::{Chunk, Filter, Residue};
+use super::loses_pages;
 use super::preflight::{Found, check_source};
 use super::ram::ProcessRam;
+use super::reading::{Reading, hand_back};
 use crate::vmm::launch::Vmm;
 use crate::vmm::preflight::QemuFacts;
-use crate::vmm::qemu_stream::channel::{FIRST, Kind, kind};
-use crate::vmm::qemu_stream::main_channel::StreamParser;
-use crate::vmm::qemu_stream::{CarryError, carry};
 use crate::vmm::qmp::{Cursor, MigrationStatus, Qmp, QmpError, RunState};
 use crate::vmm::relay::OfferedSocket;
 use crate::vmm::setup::{self, Move};
-use nix::sys::socket::{MsgFlags, send};
 use serde_json::json;
-use std::error::Error;
-use std::io::{self, Read};
+use std::io;
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::task::AbortHandle;
 
 /// How long QEMU may take to connect.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
-/// Nothing is read for so long after QEMU has connected: it takes its first
-/// measure of the bandwidth after 100 ms, and a first pass that was through
-/// before would end its pre-copy whatever the guest has written meanwhile.
-const FIRST_MEASURE: Duration = Duration::from_millis(120);
 /// `downtime-limit` while pages are to go on: QEMU stops the guest only when
 /// next to nothing is left. Not 0: then 7.2 does not look at its dirty log.
 const GO_ON_MS: u64 = 1;
@@ -44,8 +34,6 @@ const STOP_NOW_MS: u64 = 2_000_000;
 const STOP_LIMIT: Duration = Duration::from_secs(15);
 /// How often it is asked whether the guest runs.
 const LOOK: Duration = Duration::from_millis(100);
-/// QEMU 7.2 under TCG loses dirty pages if RAM is a multiple of this.
-const TCG_LOSES: u64 = 256 << 10;
 
 /// See the module.
 #[derive(Debug)]
@@ -63,10 +51,7 @@ pub struct SourceVm {
 struct Stream {
     /// Before the event of its end.
     cursor: Cursor,
-    socket: Arc<UnixStream>,
-    /// `None` once they are being taken.
-    chunks: Option<UnboundedReceiver<Chunk>>,
-    held: Arc<AtomicUsize>,
+    reading: Reading,
     watch: AbortHandle,
     /// Whether the guest ran when it was last looked at.
     ran: Arc<AtomicBool>,
@@ -75,8 +60,6 @@ struct Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         self.watch.abort();
-        // QEMU may have closed it already.
-        let _ = self.socket.shutdown(Shutdown::Both);
     }
 }
 
@@ -119,7 +102,7 @@ impl SourceVm {
 
     /// For the scan thread.
     pub fn pages(&self) -> StreamPages {
-        let distrust = !self.facts.kvm && self.facts.ram_bytes.is_multiple_of(TCG_LOSES);
+        let distrust = loses_pages(self.facts.kvm, self.facts.ram_bytes);
         StreamPages::new(self.feed.clone(), self.ram.clone(), distrust)
     }
 
@@ -154,30 +137,11 @@ impl SourceVm {
             source,
         };
         let accepted = offered.accept(CONNECT_LIMIT).await.map_err(not_connected)?;
-        let (to, chunks) = unbounded_channel();
-        let held = Arc::<AtomicUsize>::default();
-        let residue = Residue {
-            to,
-            held: held.clone(),
-        };
-        let filter = Filter::new(self.feed.clone(), self.found.block.clone(), residue);
-        let reader = || -> io::Result<Arc<UnixStream>> {
-            let socket = accepted.into_std()?;
-            socket.set_nonblocking(false)?;
-            let socket = Arc::new(socket);
-            let (reading, feed) = (socket.clone(), self.feed.clone());
-            std::thread::Builder::new()
-                .name(format!("stream-{}", self.vmm.name))
-                .spawn(move || {
-                    if let Err(why) = read(&reading, filter) {
-                        feed.fail(&why);
-                        // QEMU's migration fails, and its guest runs on.
-                        let _gone = reading.shutdown(Shutdown::Both);
-                    }
-                })?;
-            Ok(socket)
-        };
-        let socket = reader().map_err(|source| StreamVmError::Thread {
+        let reading = accepted.into_std().and_then(|socket| {
+            let block = self.found.block.clone();
+            Reading::start(&self.vmm.name, socket, Vec::new(), self.feed.clone(), block)
+        });
+        let reading = reading.map_err(|source| StreamVmError::Thread {
             vm: self.vmm.name.clone(),
             source,
         })?;
@@ -185,9 +149,7 @@ impl SourceVm {
         let watching = watch(qmp.clone(), cursor, self.feed.clone(), ran.clone());
         *self.stream() = Some(Stream {
             cursor,
-            socket,
-            chunks: Some(chunks),
-            held,
+            reading,
             watch: tokio::spawn(watching).abort_handle(),
             ran,
         });
@@ -249,20 +211,16 @@ impl SourceVm {
         limit: Duration,
     ) -> Result<(), StreamVmError> {
         let qmp = self.vmm.qmp()?;
-        let (cursor, socket, mut chunks, held) = {
+        let (cursor, socket, residue) = {
             let mut stream = self.stream();
             let stream = stream.as_mut().ok_or_else(|| self.not_begun())?;
-            let chunks = stream.chunks.take().ok_or_else(|| self.not_begun())?;
-            (
-                stream.cursor,
-                stream.socket.clone(),
-                chunks,
-                stream.held.clone(),
-            )
+            let residue = stream.reading.take_residue();
+            let residue = residue.ok_or_else(|| self.not_begun())?;
+            (stream.cursor, stream.reading.socket(), residue)
         };
         let (from_target, to_target) = tokio::io::split(target);
         let forwarding = async {
-            match forward(&mut chunks, &held, to_target).await {
+            match residue.send(to_target).await {
                 Ok(true) => Ok(()),
                 Ok(false) => Err(self.broken(
                     self.feed
@@ -343,35 +301,6 @@ impl Drop for SourceVm {
     }
 }
 
-/// Reads the stream to its end; why it broke off.
-fn read(mut socket: &UnixStream, filter: Filter) -> Result<(), String> {
-    std::thread::sleep(FIRST_MEASURE);
-    let mut first = [0; FIRST];
-    socket
-        .read_exact(&mut first)
-        .map_err(|e| format!("QEMU sent nothing: {e}"))?;
-    match kind(first) {
-        Ok(Kind::Main) => {}
-        Ok(Kind::Multifd) => return Err("it is one of multifd, which was switched off".to_owned()),
-        Err(fault) => return Err(fault.to_string()),
-    }
-    let mut parser = StreamParser::default();
-    carry(socket, &first, &mut parser, filter, |_| ()).map_err(|error| {
-        let unread = parser.raw().map(|from| format!(" ({from})"));
-        let cause = match &error {
-            CarryError::Stream(error) => error.source(),
-            CarryError::Read(source) => Some(source as &dyn Error),
-            CarryError::Sink(_) => None,
-        };
-        let cause = cause.map(|cause| format!(": {cause}"));
-        format!(
-            "{error}{}{}",
-            cause.unwrap_or_default(),
-            unread.unwrap_or_default()
-        )
-    })
-}
-
 /// Tells the feed when QEMU has stopped the guest, or has given up.
 async fn watch(qmp: Qmp, mut cursor: Cursor, feed: Arc<Feed>, ran: Arc<AtomicBool>) {
     let told =
@@ -399,45 +328,13 @@ async fn watch(qmp: Qmp, mut cursor: Cursor, feed: Arc<Feed>, ran: Arc<AtomicBoo
     }
 }
 
-/// Whether the stream was whole.
-async fn forward(
-    chunks: &mut UnboundedReceiver<Chunk>,
-    held: &AtomicUsize,
-    mut to: impl AsyncWrite + Unpin,
-) -> io::Result<bool> {
-    loop {
-        match chunks.recv().await {
-            Some(Chunk::Bytes(bytes)) => {
-                to.write_all(&bytes).await?;
-                to.flush().await?;
-                held.fetch_sub(bytes.len(), Relaxed);
-            }
-            Some(Chunk::End) => {
-                // Only of this direction: the target still answers.
-                to.shutdown().await?;
-                return Ok(true);
-            }
-            None => return Ok(false),
-        }
-    }
-}
-
 /// The return path. Nothing is ever added to it, above all not its last
 /// message, by which the source knows that the target has it all.
 async fn answer(mut from: impl AsyncRead + Unpin, to: &UnixStream) -> io::Result<()> {
     let mut buffer = [0; 4096];
     loop {
         let read = from.read(&mut buffer).await?;
-        let mut left = &buffer[..read];
-        while !left.is_empty() {
-            // Some bytes, that its buffer has room for unless QEMU hangs.
-            let sent = send(
-                to.as_raw_fd(),
-                left,
-                MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL,
-            )?;
-            left = &left[sent..];
-        }
+        hand_back(to, &buffer[..read])?;
         if read == 0 {
             // QEMU may have gone, having heard it all.
             let _ = to.shutdown(Shutdown::Write);

@@ -1,0 +1,318 @@
+//! A VM that its manager moves, on the host it is moved from.
+
+use super::ManagedFacts;
+use super::error::ManagedError;
+use super::head::{self, Head};
+use super::look;
+use crate::types::PAGE_SIZE;
+use crate::vmm::process::VmProcess;
+use crate::vmm::qemu_stream::Parse;
+use crate::vmm::qemu_stream::reply::{Reply, ReplyParser};
+use crate::vmm::stream::{Feed, ProcessRam, Reading, Stand, StreamPages, hand_back};
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, Interest};
+use tokio::task::AbortHandle;
+
+/// How long QEMU may take to begin its stream.
+const HEAD_LIMIT: Duration = Duration::from_secs(10);
+/// How often it is looked whether QEMU has closed the connection.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// See the module.
+#[derive(Debug)]
+pub struct SourceVm {
+    facts: ManagedFacts,
+    process: Arc<VmProcess>,
+    kvm: bool,
+    ram: Arc<ProcessRam>,
+    feed: Arc<Feed>,
+    stream: Mutex<Stream>,
+    /// SHUT, until it is handed on.
+    shut: Mutex<Option<Vec<u8>>>,
+    watch: AbortHandle,
+}
+
+/// How far the stream is.
+#[derive(Debug)]
+enum Stream {
+    /// So much of it was read, and QEMU waits.
+    Waits(Box<(UnixStream, Head)>),
+    /// It is being read.
+    Read(Reading),
+    /// Nothing will come of it any more, or nothing more is to come.
+    Over,
+}
+
+impl SourceVm {
+    /// Looks at what has connected to the VM's socket: reads the beginning of
+    /// its stream, finds the VMM and opens guest RAM for reading. The VMM is not
+    /// touched. Dropping it closes the connection: QEMU then lets the guest run
+    /// on, unless it is through.
+    ///
+    /// `binaries` are what a VMM may be.
+    pub async fn open(
+        name: &str,
+        domain: &str,
+        socket: tokio::net::UnixStream,
+        binaries: &[PathBuf],
+    ) -> Result<SourceVm, ManagedError> {
+        let head = head::read(name, &socket, HEAD_LIMIT).await?;
+        let failed = |doing| {
+            move |source| ManagedError::Socket {
+                vm: name.to_owned(),
+                doing,
+                source,
+            }
+        };
+        let socket = socket.into_std().map_err(failed("taking it over"))?;
+        let facts = ManagedFacts {
+            name: name.to_owned(),
+            ram_bytes: head.main.bytes,
+            block: head.main.name.clone(),
+            domain: domain.to_owned(),
+        };
+        let of = socket.try_clone().map_err(failed("sharing it"))?;
+        let (process, ram, kvm) = look(&facts, of, binaries.to_vec(), false).await?;
+        let pages = (facts.ram_bytes / PAGE_SIZE as u64) as u32;
+        let feed = Arc::new(Feed::paced(name, pages));
+        let watched = socket.try_clone().map_err(failed("sharing it"))?;
+        let watch = tokio::spawn(watch(watched, feed.clone())).abort_handle();
+        Ok(SourceVm {
+            facts,
+            process,
+            kvm,
+            ram,
+            feed,
+            stream: Mutex::new(Stream::Waits(Box::new((socket, head)))),
+            shut: Mutex::default(),
+            watch,
+        })
+    }
+
+    /// What the target has to know.
+    pub fn facts(&self) -> &ManagedFacts {
+        &self.facts
+    }
+
+    /// The VMM.
+    pub fn process(&self) -> &Arc<VmProcess> {
+        &self.process
+    }
+
+    /// Guest RAM as it is now.
+    pub fn ram(&self) -> &Arc<ProcessRam> {
+        &self.ram
+    }
+
+    /// Whether something can still come of its stream; if not, why.
+    pub fn check(&self) -> Result<(), ManagedError> {
+        match self.feed.failure() {
+            None => Ok(()),
+            Some(why) => Err(self.broken(why)),
+        }
+    }
+
+    /// For the scan thread.
+    pub fn pages(&self) -> StreamPages {
+        StreamPages::new(self.feed.clone(), self.ram.clone(), self.distrust())
+    }
+
+    /// QEMU 7.2 under TCG loses dirty pages of such sizes, and libvirt makes
+    /// every size one of them.
+    fn distrust(&self) -> bool {
+        crate::vmm::stream::loses_pages(self.kvm, self.facts.ram_bytes)
+    }
+
+    /// Begins to read the stream. From here on QEMU stops the guest when it
+    /// thinks that little is left.
+    pub fn begin(&self) -> Result<(), ManagedError> {
+        let mut stream = self.stream();
+        match std::mem::replace(&mut *stream, Stream::Over) {
+            Stream::Waits(waits) => {
+                let (socket, head) = *waits;
+                let name = &self.facts.name;
+                let reading =
+                    Reading::start(name, socket, head.bytes, self.feed.clone(), head.main);
+                *stream = Stream::Read(reading.map_err(|source| ManagedError::Thread {
+                    vm: name.clone(),
+                    source,
+                })?);
+                Ok(())
+            }
+            other => {
+                *stream = other;
+                Err(self.not_begun())
+            }
+        }
+    }
+
+    /// Waits until QEMU has stopped the guest: it had when its last section of
+    /// RAM began.
+    pub async fn stopped(&self) -> Result<(), ManagedError> {
+        let mut stand = self.feed.stand();
+        let still = stand.wait_for(|stand| *stand != Stand::Runs).await;
+        match still.map(|found| found.clone()) {
+            Ok(Stand::Still(_)) => Ok(()),
+            Ok(Stand::Over(why)) => Err(self.broken(why)),
+            Ok(Stand::Runs) | Err(_) => Err(self.not_begun()),
+        }
+    }
+
+    /// Since when the guest has stood still, if it does.
+    pub fn stopped_at(&self) -> Option<Instant> {
+        match *self.feed.stand().borrow() {
+            Stand::Still(since) => Some(since),
+            _ => None,
+        }
+    }
+
+    /// Sends what is left of the stream to `target` and hands its answers back,
+    /// but for SHUT, until that has come: the target's QEMU has everything. All
+    /// pages must be in place.
+    pub async fn state_out(
+        &self,
+        target: impl AsyncRead + AsyncWrite,
+        limit: Duration,
+    ) -> Result<(), ManagedError> {
+        let (socket, residue) = {
+            let mut stream = self.stream();
+            let Stream::Read(reading) = &mut *stream else {
+                return Err(self.not_begun());
+            };
+            let residue = reading.take_residue().ok_or_else(|| self.not_begun())?;
+            (reading.socket(), residue)
+        };
+        let (from_target, to_target) = tokio::io::split(target);
+        // QEMU waits for SHUT and does not close before: if its stream ends, its
+        // migration has failed or was cancelled.
+        let forwarding = async {
+            match residue.send(to_target).await {
+                Ok(true) => self.broken("QEMU gave it up before the target had all of it".into()),
+                Ok(false) => self.broken(self.feed.failure().unwrap_or_default()),
+                Err(source) => self.not_forwarded(source),
+            }
+        };
+        let answering = async {
+            let shut = answers(from_target, &socket).await;
+            match shut.map_err(|source| self.not_forwarded(source))? {
+                (0, bytes) => Ok(*self.shut() = Some(bytes)),
+                _ => Err(ManagedError::NotLoaded {
+                    vm: self.facts.name.clone(),
+                }),
+            }
+        };
+        let both = async {
+            tokio::select! {
+                error = forwarding => Err(error),
+                answered = answering => answered,
+            }
+        };
+        match tokio::time::timeout(limit, both).await {
+            Ok(done) => done,
+            Err(_) => Err(self.not_forwarded(io::ErrorKind::TimedOut.into())),
+        }
+    }
+
+    /// The point of no return: hands SHUT to QEMU, whose migration is then
+    /// complete. From here on its manager decides where the guest runs.
+    pub fn complete(&self) -> Result<(), ManagedError> {
+        let shut = self.shut().take().ok_or_else(|| self.not_begun())?;
+        let stream = self.stream();
+        let Stream::Read(reading) = &*stream else {
+            return Err(self.not_begun());
+        };
+        let handed = hand_back(&reading.socket(), &shut);
+        handed.map_err(|source| self.not_forwarded(source))
+    }
+
+    /// Closes the connection: QEMU gives its migration up and its guest runs on,
+    /// unless it is complete.
+    pub fn break_off(&self) {
+        self.feed.fail("the move was given up");
+        *self.stream() = Stream::Over;
+    }
+
+    fn stream(&self) -> MutexGuard<'_, Stream> {
+        // Nothing panics while it holds the lock; the state is whole in any case.
+        self.stream.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shut(&self) -> MutexGuard<'_, Option<Vec<u8>>> {
+        self.shut.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn broken(&self, why: String) -> ManagedError {
+        ManagedError::Broken {
+            vm: self.facts.name.clone(),
+            why,
+        }
+    }
+
+    fn not_forwarded(&self, source: io::Error) -> ManagedError {
+        ManagedError::Forward {
+            vm: self.facts.name.clone(),
+            source,
+        }
+    }
+
+    fn not_begun(&self) -> ManagedError {
+        ManagedError::NotBegun {
+            vm: self.facts.name.clone(),
+        }
+    }
+}
+
+impl Drop for SourceVm {
+    fn drop(&mut self) {
+        self.watch.abort();
+        self.break_off();
+    }
+}
+
+/// Hands the target's answers to QEMU until SHUT comes: that, and what it said.
+async fn answers(mut from: impl AsyncRead + Unpin, to: &UnixStream) -> io::Result<(u32, Vec<u8>)> {
+    let mut parser = ReplyParser::default();
+    let (mut buffer, mut begun) = ([0; 4096], 0);
+    loop {
+        let read = from.read(&mut buffer[begun..]).await?;
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let end = begun + read;
+        let mut at = 0;
+        while let Some((reply, used)) = parser
+            .next(&buffer[at..end])
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?
+        {
+            at += used;
+            match reply {
+                Reply::Shut(said, bytes) => return Ok((said, bytes.to_vec())),
+                reply => hand_back(to, reply.bytes())?,
+            }
+        }
+        // What is left is shorter than a message's head.
+        buffer.copy_within(at..end, 0);
+        begun = end - at;
+    }
+}
+
+/// Tells the feed when QEMU has closed its end: its migration was cancelled, or
+/// has failed.
+async fn watch(socket: UnixStream, feed: Arc<Feed>) {
+    let Ok(socket) = tokio::net::UnixStream::from_std(socket) else {
+        return;
+    };
+    loop {
+        match socket.ready(Interest::READABLE).await {
+            Ok(ready) if ready.is_read_closed() => {
+                return feed.fail("QEMU closed it: its migration was cancelled, or has failed");
+            }
+            Ok(_) => tokio::time::sleep(LOOK).await,
+            Err(error) => return feed.fail(&error.to_string()),
+        }
+    }
+}

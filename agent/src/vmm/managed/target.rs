@@ -1,0 +1,238 @@
+//! A VM that its manager moves, on the host it is moved to.
+
+use super::error::ManagedError;
+use super::{ManagedFacts, look};
+use crate::vmm::process::VmProcess;
+use crate::vmm::qemu_stream::Parse;
+use crate::vmm::qemu_stream::reply::{Reply, ReplyParser};
+use crate::vmm::relay::relay_after;
+use crate::vmm::stream::ProcessRam;
+use std::io;
+use std::net::Shutdown;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+
+/// How long the VMM may take to listen: its manager has it do so before the
+/// source begins.
+const LISTEN_LIMIT: Duration = Duration::from_secs(5);
+const LISTEN_LOOK: Duration = Duration::from_millis(50);
+
+/// Dropped, the connection to the VMM is closed, and nothing else is done to it:
+/// a QEMU that has not got all of its stream ends by itself.
+#[derive(Debug)]
+pub struct TargetVm {
+    facts: ManagedFacts,
+    process: Arc<VmProcess>,
+    ram: Arc<ProcessRam>,
+    link: Arc<Link>,
+}
+
+impl TargetVm {
+    /// Connects to the VMM that waits on `path`, finds its process and opens its
+    /// RAM for placing pages. `binaries` are what a VMM may be.
+    pub async fn prepare(
+        path: &Path,
+        facts: &ManagedFacts,
+        binaries: &[PathBuf],
+    ) -> Result<TargetVm, ManagedError> {
+        let vm = || facts.name.clone();
+        let until = Instant::now() + LISTEN_LIMIT;
+        let socket = loop {
+            match UnixStream::connect(path).await {
+                Ok(socket) => break socket,
+                Err(_) if Instant::now() < until => tokio::time::sleep(LISTEN_LOOK).await,
+                Err(source) => {
+                    return Err(ManagedError::NobodyListens {
+                        vm: vm(),
+                        path: path.to_owned(),
+                        source,
+                    });
+                }
+            }
+        };
+        let failed = |source| ManagedError::Socket {
+            vm: vm(),
+            doing: "sharing it",
+            source,
+        };
+        let socket = socket.into_std().map_err(failed)?;
+        let of = socket.try_clone().map_err(failed)?;
+        let (process, ram, _) = look(facts, of, binaries.to_vec(), true).await?;
+        let closer = socket.try_clone().map_err(failed)?;
+        let socket = UnixStream::from_std(socket).map_err(failed)?;
+        Ok(TargetVm {
+            facts: facts.clone(),
+            process,
+            ram,
+            link: Arc::new(Link {
+                vm: vm(),
+                closer,
+                socket: Mutex::new(Some(socket)),
+                shut: watch::channel(None).0,
+            }),
+        })
+    }
+
+    /// The VMM.
+    pub fn process(&self) -> &Arc<VmProcess> {
+        &self.process
+    }
+
+    /// What is known of the VM.
+    pub fn facts(&self) -> &ManagedFacts {
+        &self.facts
+    }
+
+    /// Guest RAM, for placing pages. They are where the guest will find them.
+    pub fn ram(&self) -> &Arc<ProcessRam> {
+        &self.ram
+    }
+
+    /// The connection to the VMM.
+    pub fn link(&self) -> &Arc<Link> {
+        &self.link
+    }
+
+    /// Closes the connection to the VMM: one that has not got all of its stream
+    /// ends by itself.
+    pub fn close(&self) {
+        // It may have closed it already.
+        let _ = self.link.closer.shutdown(Shutdown::Both);
+    }
+
+    /// Waits until the VMM has said that it has everything.
+    pub async fn wait_arrived(&self, limit: Duration) -> Result<(), ManagedError> {
+        let mut shut = self.link.shut.subscribe();
+        let said = tokio::time::timeout(limit, shut.wait_for(Option::is_some)).await;
+        match said.map(|said| said.map(|said| *said)) {
+            Ok(Ok(Some(0))) => Ok(()),
+            _ => Err(ManagedError::NotLoaded {
+                vm: self.facts.name.clone(),
+            }),
+        }
+    }
+}
+
+impl Drop for TargetVm {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// The connection to the VMM that waits.
+#[derive(Debug)]
+pub struct Link {
+    vm: String,
+    /// The same socket, for closing it while it is in use.
+    closer: std::os::unix::net::UnixStream,
+    socket: Mutex<Option<UnixStream>>,
+    /// What SHUT said; not 0 if the connection ended without it.
+    shut: watch::Sender<Option<u32>>,
+}
+
+impl Link {
+    /// Carries what the source agent sends to the VMM, and its answers back,
+    /// until both have ended. The first byte may take until `begin`.
+    pub async fn play(
+        &self,
+        source: impl AsyncRead + AsyncWrite,
+        begin: Duration,
+        idle: Duration,
+    ) -> Result<(), ManagedError> {
+        let socket = self.socket.lock();
+        let socket = socket.unwrap_or_else(PoisonError::into_inner).take();
+        let socket = socket.ok_or_else(|| ManagedError::NotBegun {
+            vm: self.vm.clone(),
+        })?;
+        let overheard = Overheard {
+            socket,
+            parser: ReplyParser::default(),
+            rest: Vec::new(),
+            shut: &self.shut,
+        };
+        let played = relay_after(begin, source, overheard, idle).await;
+        // Not if it has said something else.
+        self.shut.send_if_modified(|shut| {
+            let silent = shut.is_none();
+            shut.get_or_insert(u32::MAX);
+            silent
+        });
+        match played {
+            Ok(_) => Ok(()),
+            // The source hangs up once it has heard SHUT.
+            Err(_) if *self.shut.borrow() == Some(0) => Ok(()),
+            Err(source) => Err(ManagedError::Play {
+                vm: self.vm.clone(),
+                source,
+            }),
+        }
+    }
+}
+
+/// The VMM's socket; listens for SHUT in what it says, and changes nothing.
+struct Overheard<'a> {
+    socket: UnixStream,
+    parser: ReplyParser,
+    rest: Vec<u8>,
+    shut: &'a watch::Sender<Option<u32>>,
+}
+
+impl Overheard<'_> {
+    fn hear(&mut self, said: &[u8]) -> io::Result<()> {
+        self.rest.extend_from_slice(said);
+        let mut at = 0;
+        loop {
+            match self.parser.next(&self.rest[at..]) {
+                Ok(Some((reply, used))) => {
+                    at += used;
+                    if let Reply::Shut(said, _) = reply {
+                        self.shut.send_replace(Some(said));
+                    }
+                }
+                Ok(None) => break,
+                Err(error) => return Err(io::Error::new(io::ErrorKind::InvalidData, error)),
+            }
+        }
+        self.rest.drain(..at);
+        Ok(())
+    }
+}
+
+impl AsyncRead for Overheard<'_> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let read = Pin::new(&mut self.socket).poll_read(cx, buf);
+        if let Poll::Ready(Ok(())) = read {
+            self.hear(&buf.filled()[before..])?;
+        }
+        read
+    }
+}
+
+impl AsyncWrite for Overheard<'_> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}
