@@ -293,7 +293,7 @@ impl SourceVm {
     pub async fn state_out(
         &self,
         socket: &Path,
-        target: impl AsyncRead + AsyncWrite,
+        target: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
         limit: Duration,
     ) -> Result<(), KindError> {
         match self {

@@ -55,7 +55,7 @@ impl<C: Caller> Managers<C> {
     /// `moved`: whether the target's VMM has everything and has said so.
     pub(super) async fn run(self, moved: Result<(), String>) -> RunsOn {
         let moved = match moved {
-            Ok(()) => self.source.complete().map_err(|e| chain(&e)),
+            Ok(()) => self.source.complete().await.map_err(|e| chain(&e)),
             failed => failed,
         };
         match moved {

@@ -150,6 +150,11 @@ impl RequestParser {
         &self.layout
     }
 
+    /// Whether a command's head comes next.
+    pub fn is_between(&self) -> bool {
+        matches!(self.within, Within::Head)
+    }
+
     /// Whether a stream may end here: before anything has begun, or when all
     /// is over.
     pub fn may_end(&self) -> bool {

@@ -167,6 +167,11 @@ impl Sender {
         self.answer(command)
     }
 
+    /// Leaves the rest to somebody else: the connection, between two commands.
+    pub fn into_stream(self) -> UnixStream {
+        self.stream
+    }
+
     /// Gives up in order.
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! What can go wrong with a VM that its manager moves.
 
+use crate::vmm::cloud_hypervisor::SendError;
 use crate::vmm::process::ProcessError;
 use crate::vmm::qemu_stream::StreamError;
 use crate::vmm::ram::RamError;
@@ -60,6 +61,12 @@ pub enum ManagedError {
         vm: String,
         /// Why, and what to leave out.
         why: String,
+    },
+    /// The target's Cloud Hypervisor does not take it.
+    #[error(transparent)]
+    Target {
+        /// Why.
+        source: SendError,
     },
     /// The VMM behind the socket cannot be told.
     #[error("VM {vm}: cannot tell which process is at the other end of its migration's socket")]

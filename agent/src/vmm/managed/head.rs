@@ -1,6 +1,7 @@
 //! The beginning of a stream: read when QEMU connects, so that it is known what
 //! the VM is, while QEMU waits for the rest to be taken.
 
+use super::cloud_hypervisor;
 use super::error::ManagedError;
 use crate::types::PAGE_SIZE;
 use crate::vmm::qemu_stream::channel::{FIRST, Kind, kind};
@@ -16,9 +17,18 @@ const STEP: usize = 4 << 10;
 /// No head is longer: 1024 blocks with long names.
 const LONGEST: usize = 512 << 10;
 
-/// What a stream begins with.
+/// What has connected.
 #[derive(Debug)]
-pub(super) struct Head {
+pub(super) enum Head {
+    /// A QEMU.
+    Qemu(QemuHead),
+    /// A Cloud Hypervisor, which has said this.
+    CloudHypervisor(Vec<u8>),
+}
+
+/// What a stream of QEMU's begins with.
+#[derive(Debug)]
+pub(super) struct QemuHead {
     /// All that was read.
     pub(super) bytes: Vec<u8>,
     /// The machine's RAM.
@@ -35,7 +45,10 @@ pub(super) async fn read(
     reading.await.unwrap_or_else(|_| {
         Err(ManagedError::Silent {
             vm: vm.to_owned(),
-            what: format!("QEMU did not begin its stream within {} s", limit.as_secs()),
+            what: format!(
+                "its VMM did not begin its migration within {} s",
+                limit.as_secs()
+            ),
         })
     })
 }
@@ -55,6 +68,9 @@ async fn read_untimed(vm: &str, from: &UnixStream) -> Result<Head, ManagedError>
     while bytes.len() < LONGEST {
         more(vm, from, &mut bytes).await?;
         if let Some(first) = bytes.first_chunk::<FIRST>() {
+            if *first == cloud_hypervisor::FIRST {
+                return Ok(Head::CloudHypervisor(bytes));
+            }
             match kind(*first) {
                 Ok(Kind::Main) => {}
                 Ok(Kind::Multifd) => return Err(unfit(PARALLEL.to_owned())),
@@ -69,7 +85,7 @@ async fn read_untimed(vm: &str, from: &UnixStream) -> Result<Head, ManagedError>
                 }
                 Item::SectionEnd(Phase::Setup) => {
                     let main = main_block(&blocks).map_err(unfit)?;
-                    return Ok(Head { bytes, main });
+                    return Ok(Head::Qemu(QemuHead { bytes, main }));
                 }
                 Item::Raw(_) => {
                     let what = parser.raw().map(|from| from.to_string());
@@ -101,7 +117,7 @@ async fn more(vm: &str, from: &UnixStream, bytes: &mut Vec<u8>) -> Result<(), Ma
             Ok(0) => {
                 return Err(ManagedError::Silent {
                     vm: vm.to_owned(),
-                    what: "QEMU closed its migration's socket: see its manager's log".to_owned(),
+                    what: "its VMM closed its migration's socket: see its manager's log".to_owned(),
                 });
             }
             Ok(read) => {
@@ -155,7 +171,9 @@ mod tests {
                 qemu.write_all(piece).await.unwrap();
             }
         });
-        let head = read("g1", &agent, LIMIT).await.unwrap();
+        let Head::Qemu(head) = read("g1", &agent, LIMIT).await.unwrap() else {
+            panic!("it is QEMU's");
+        };
         let (name, bytes) = samples::BLOCKS[0];
         assert_eq!((head.main.name.as_bytes(), head.main.bytes), (name, bytes));
         assert!(stream.starts_with(&head.bytes));

@@ -22,6 +22,7 @@
 //!
 //! See `docs/libvirt.md`.
 
+mod cloud_hypervisor;
 mod error;
 mod head;
 mod memory;
@@ -53,10 +54,25 @@ pub struct ManagedFacts {
     pub name: String,
     /// Bytes of guest RAM.
     pub ram_bytes: u64,
-    /// The RAM block of the machine, as its stream lists it.
-    pub block: String,
+    /// What its VMM speaks.
+    pub dialect: Dialect,
     /// Dedup domain, as the operator gave it.
     pub domain: String,
+}
+
+/// How a VM's VMM migrates.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Dialect {
+    /// QEMU's stream.
+    Qemu {
+        /// The RAM block of the machine, as the stream lists it.
+        block: String,
+    },
+    /// Cloud Hypervisor's requests.
+    CloudHypervisor {
+        /// The VM's configuration, JSON, which goes to the target unchanged.
+        config: Vec<u8>,
+    },
 }
 
 /// Finds the VMM at the other end of `socket` and opens its guest RAM; whether

@@ -1,24 +1,31 @@
 //! A VM that its manager moves, on the host it is moved from.
 
-use super::ManagedFacts;
+use super::cloud_hypervisor::{self as chv, Begun};
 use super::error::ManagedError;
-use super::head::{self, Head};
-use super::look;
+use super::head::{self, Head, QemuHead};
+use super::{Dialect, ManagedFacts, look};
 use crate::types::PAGE_SIZE;
+use crate::vmm::cloud_hypervisor::wire::{HEAD_BYTES, Response};
+use crate::vmm::launch::blocking;
 use crate::vmm::process::VmProcess;
 use crate::vmm::qemu_stream::Parse;
 use crate::vmm::qemu_stream::reply::{Reply, ReplyParser};
-use crate::vmm::stream::{Feed, ProcessRam, Reading, Stand, StreamPages, hand_back};
+use crate::vmm::stream::{
+    Chunk, Feed, Outgoing, ProcessRam, Reading, Stand, StreamPages, hand_back,
+};
+use std::fmt;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, Interest};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
 use tokio::task::AbortHandle;
 
 /// How long QEMU may take to begin its stream.
 const HEAD_LIMIT: Duration = Duration::from_secs(10);
+/// How long a Cloud Hypervisor may take to let its guest run.
+const COMPLETE_LIMIT: Duration = Duration::from_secs(20);
 /// How often it is looked whether QEMU has closed the connection.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -31,8 +38,8 @@ pub struct SourceVm {
     ram: Arc<ProcessRam>,
     feed: Arc<Feed>,
     stream: Mutex<Stream>,
-    /// SHUT, until it is handed on.
-    shut: Mutex<Option<Vec<u8>>>,
+    /// The target has everything: what its VMM said, until that is handed on.
+    loaded: Mutex<Option<Loaded>>,
     watch: AbortHandle,
 }
 
@@ -40,12 +47,45 @@ pub struct SourceVm {
 #[derive(Debug)]
 enum Stream {
     /// So much of it was read, and QEMU waits.
-    Waits(Box<(UnixStream, Head)>),
+    Waits(Box<(UnixStream, Opening)>),
     /// It is being read.
     Read(Reading),
     /// Nothing will come of it any more, or nothing more is to come.
     Over,
 }
+
+/// What was read of it so far.
+#[derive(Debug)]
+enum Opening {
+    Qemu(QemuHead),
+    CloudHypervisor(Begun),
+}
+
+/// What is left to be done when the target has everything.
+enum Loaded {
+    /// QEMU's SHUT.
+    Shut(Vec<u8>),
+    /// Cloud Hypervisor waits for the answer to its state, and then has
+    /// *Complete* to send.
+    CloudHypervisor {
+        residue: Outgoing,
+        target: Box<dyn Duplex>,
+    },
+}
+
+impl fmt::Debug for Loaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Loaded::Shut(_) => "SHUT",
+            Loaded::CloudHypervisor { .. } => "Ok",
+        })
+    }
+}
+
+/// A connection to the target.
+pub trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Duplex for T {}
 
 impl SourceVm {
     /// Looks at what has connected to the VM's socket: reads the beginning of
@@ -69,10 +109,27 @@ impl SourceVm {
             }
         };
         let socket = socket.into_std().map_err(failed("taking it over"))?;
+        let (opening, ram_bytes, dialect) = match head {
+            Head::Qemu(head) => {
+                let block = head.main.name.clone();
+                let bytes = head.main.bytes;
+                (Opening::Qemu(head), bytes, Dialect::Qemu { block })
+            }
+            Head::CloudHypervisor(first) => {
+                let (vm, of) = (name.to_owned(), socket.try_clone());
+                let of = of.map_err(failed("sharing it"))?;
+                let beginning = move || chv::begin(&vm, &of, &first, HEAD_LIMIT);
+                let begun = blocking(beginning).await?;
+                let config = begun.config.clone();
+                let bytes = begun.ram_bytes;
+                let dialect = Dialect::CloudHypervisor { config };
+                (Opening::CloudHypervisor(begun), bytes, dialect)
+            }
+        };
         let facts = ManagedFacts {
             name: name.to_owned(),
-            ram_bytes: head.main.bytes,
-            block: head.main.name.clone(),
+            ram_bytes,
+            dialect,
             domain: domain.to_owned(),
         };
         let of = socket.try_clone().map_err(failed("sharing it"))?;
@@ -87,8 +144,8 @@ impl SourceVm {
             kvm,
             ram,
             feed,
-            stream: Mutex::new(Stream::Waits(Box::new((socket, head)))),
-            shut: Mutex::default(),
+            stream: Mutex::new(Stream::Waits(Box::new((socket, opening)))),
+            loaded: Mutex::default(),
             watch,
         })
     }
@@ -124,7 +181,8 @@ impl SourceVm {
     /// QEMU 7.2 under TCG loses dirty pages of such sizes, and libvirt makes
     /// every size one of them.
     fn distrust(&self) -> bool {
-        crate::vmm::stream::loses_pages(self.kvm, self.facts.ram_bytes)
+        matches!(self.facts.dialect, Dialect::Qemu { .. })
+            && crate::vmm::stream::loses_pages(self.kvm, self.facts.ram_bytes)
     }
 
     /// Begins to read the stream. From here on QEMU stops the guest when it
@@ -133,10 +191,19 @@ impl SourceVm {
         let mut stream = self.stream();
         match std::mem::replace(&mut *stream, Stream::Over) {
             Stream::Waits(waits) => {
-                let (socket, head) = *waits;
-                let name = &self.facts.name;
-                let reading =
-                    Reading::start(name, socket, head.bytes, self.feed.clone(), head.main);
+                let (socket, opening) = *waits;
+                let (name, feed) = (&self.facts.name, self.feed.clone());
+                let reading = match opening {
+                    Opening::Qemu(head) => {
+                        Reading::start(name, socket, head.bytes, feed, head.main)
+                    }
+                    Opening::CloudHypervisor(begun) => {
+                        let to = feed.clone();
+                        Reading::by(name, socket, feed, move |socket, residue| {
+                            chv::read(socket, begun, &to, &residue)
+                        })
+                    }
+                };
                 *stream = Stream::Read(reading.map_err(|source| ManagedError::Thread {
                     vm: name.clone(),
                     source,
@@ -171,11 +238,12 @@ impl SourceVm {
     }
 
     /// Sends what is left of the stream to `target` and hands its answers back,
-    /// but for SHUT, until that has come: the target's QEMU has everything. All
-    /// pages must be in place.
+    /// but for the one by which the target's VMM says that it has everything
+    /// (QEMU's SHUT, Cloud Hypervisor's answer to the state), until that has come.
+    /// All pages must be in place.
     pub async fn state_out(
         &self,
-        target: impl AsyncRead + AsyncWrite,
+        target: impl Duplex + 'static,
         limit: Duration,
     ) -> Result<(), ManagedError> {
         let (socket, residue) = {
@@ -186,6 +254,26 @@ impl SourceVm {
             let residue = reading.take_residue().ok_or_else(|| self.not_begun())?;
             (reading.socket(), residue)
         };
+        let both = async {
+            match self.facts.dialect {
+                Dialect::Qemu { .. } => self.until_shut(target, residue, &socket).await,
+                Dialect::CloudHypervisor { .. } => {
+                    self.until_loaded(Box::new(target), residue).await
+                }
+            }
+        };
+        match tokio::time::timeout(limit, both).await {
+            Ok(done) => done,
+            Err(_) => Err(self.not_forwarded(io::ErrorKind::TimedOut.into())),
+        }
+    }
+
+    async fn until_shut(
+        &self,
+        target: impl Duplex,
+        residue: Outgoing,
+        socket: &UnixStream,
+    ) -> Result<(), ManagedError> {
         let (from_target, to_target) = tokio::io::split(target);
         // QEMU waits for SHUT and does not close before: if its stream ends, its
         // migration has failed or was cancelled.
@@ -197,36 +285,97 @@ impl SourceVm {
             }
         };
         let answering = async {
-            let shut = answers(from_target, &socket).await;
+            let shut = answers(from_target, socket).await;
             match shut.map_err(|source| self.not_forwarded(source))? {
-                (0, bytes) => Ok(*self.shut() = Some(bytes)),
-                _ => Err(ManagedError::NotLoaded {
-                    vm: self.facts.name.clone(),
-                }),
+                (0, bytes) => Ok(*self.loaded() = Some(Loaded::Shut(bytes))),
+                _ => Err(self.not_loaded()),
             }
         };
-        let both = async {
-            tokio::select! {
-                error = forwarding => Err(error),
-                answered = answering => answered,
-            }
-        };
-        match tokio::time::timeout(limit, both).await {
-            Ok(done) => done,
-            Err(_) => Err(self.not_forwarded(io::ErrorKind::TimedOut.into())),
+        tokio::select! {
+            error = forwarding => Err(error),
+            answered = answering => answered,
         }
     }
 
-    /// The point of no return: hands SHUT to QEMU, whose migration is then
-    /// complete. From here on its manager decides where the guest runs.
-    pub fn complete(&self) -> Result<(), ManagedError> {
-        let shut = self.shut().take().ok_or_else(|| self.not_begun())?;
-        let stream = self.stream();
-        let Stream::Read(reading) = &*stream else {
-            return Err(self.not_begun());
+    async fn until_loaded(
+        &self,
+        mut target: Box<dyn Duplex>,
+        mut residue: Outgoing,
+    ) -> Result<(), ManagedError> {
+        let mut answer = [0; HEAD_BYTES];
+        let mut heard = 0;
+        while heard < answer.len() {
+            tokio::select! {
+                chunk = residue.next() => {
+                    let bytes = self.piece(chunk)?;
+                    let sent = write(&mut target, &bytes).await;
+                    sent.map_err(|source| self.not_forwarded(source))?;
+                }
+                read = target.read(&mut answer[heard..]) => {
+                    match read.map_err(|source| self.not_forwarded(source))? {
+                        0 => return Err(self.not_forwarded(io::ErrorKind::UnexpectedEof.into())),
+                        n => heard += n,
+                    }
+                }
+            }
+        }
+        match Response::parse(&answer) {
+            Ok(Response::Ok) => {
+                *self.loaded() = Some(Loaded::CloudHypervisor { residue, target });
+                Ok(())
+            }
+            _ => Err(self.not_loaded()),
+        }
+    }
+
+    fn piece(&self, chunk: Option<Chunk>) -> Result<Vec<u8>, ManagedError> {
+        match chunk {
+            Some(Chunk::Bytes(bytes)) => Ok(bytes),
+            Some(Chunk::End) => {
+                let why = "its VMM gave it up before the target had all of it";
+                Err(self.broken(why.to_owned()))
+            }
+            None => Err(self.broken(self.feed.failure().unwrap_or_default())),
+        }
+    }
+
+    /// The point of no return: hands on what was held back, after which the
+    /// migration is complete. From here on its manager decides where the guest
+    /// runs; of Cloud Hypervisors, the target lets it run now and the source ends.
+    pub async fn complete(&self) -> Result<(), ManagedError> {
+        let loaded = self.loaded().take().ok_or_else(|| self.not_begun())?;
+        let socket = match &*self.stream() {
+            Stream::Read(reading) => reading.socket(),
+            _ => return Err(self.not_begun()),
         };
-        let handed = hand_back(&reading.socket(), &shut);
-        handed.map_err(|source| self.not_forwarded(source))
+        let hand = |bytes: &[u8]| {
+            let handed = hand_back(&socket, bytes);
+            handed.map_err(|source| self.not_forwarded(source))
+        };
+        let (mut residue, mut target) = match loaded {
+            Loaded::Shut(bytes) => return hand(&bytes),
+            Loaded::CloudHypervisor { residue, target } => (residue, target),
+        };
+        hand(&Response::Ok.encode())?;
+        let completing = async {
+            let command = self.piece(residue.next().await)?;
+            let asked = async {
+                write(&mut target, &command).await?;
+                let mut answer = [0; HEAD_BYTES];
+                target.read_exact(&mut answer).await?;
+                Ok(answer)
+            };
+            let answer = asked.await.map_err(|source| self.not_forwarded(source))?;
+            hand(&answer)?;
+            match Response::parse(&answer) {
+                Ok(Response::Ok) => Ok(()),
+                _ => Err(self.not_loaded()),
+            }
+        };
+        match tokio::time::timeout(COMPLETE_LIMIT, completing).await {
+            Ok(done) => done,
+            Err(_) => Err(self.not_forwarded(io::ErrorKind::TimedOut.into())),
+        }
     }
 
     /// Closes the connection: QEMU gives its migration up and its guest runs on,
@@ -241,8 +390,14 @@ impl SourceVm {
         self.stream.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn shut(&self) -> MutexGuard<'_, Option<Vec<u8>>> {
-        self.shut.lock().unwrap_or_else(PoisonError::into_inner)
+    fn not_loaded(&self) -> ManagedError {
+        ManagedError::NotLoaded {
+            vm: self.facts.name.clone(),
+        }
+    }
+
+    fn loaded(&self) -> MutexGuard<'_, Option<Loaded>> {
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn broken(&self, why: String) -> ManagedError {
@@ -271,6 +426,11 @@ impl Drop for SourceVm {
         self.watch.abort();
         self.break_off();
     }
+}
+
+async fn write(to: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> io::Result<()> {
+    to.write_all(bytes).await?;
+    to.flush().await
 }
 
 /// Hands the target's answers to QEMU until SHUT comes: that, and what it said.

@@ -1,7 +1,10 @@
 //! A VM that its manager moves, on the host it is moved to.
 
+use super::cloud_hypervisor as chv;
 use super::error::ManagedError;
-use super::{ManagedFacts, look};
+use super::{Dialect, ManagedFacts, look};
+use crate::vmm::cloud_hypervisor::wire::Response;
+use crate::vmm::launch::blocking;
 use crate::vmm::process::VmProcess;
 use crate::vmm::qemu_stream::Parse;
 use crate::vmm::qemu_stream::reply::{Reply, ReplyParser};
@@ -21,6 +24,8 @@ use tokio::sync::watch;
 /// How long the VMM may take to listen: its manager has it do so before the
 /// source begins.
 const LISTEN_LIMIT: Duration = Duration::from_secs(5);
+/// How long a Cloud Hypervisor may take to make the VM that waits.
+const CONFIGURE_LIMIT: Duration = Duration::from_secs(20);
 const LISTEN_LOOK: Duration = Duration::from_millis(50);
 
 /// Dropped, the connection to the VMM is closed, and nothing else is done to it:
@@ -62,9 +67,18 @@ impl TargetVm {
             source,
         };
         let socket = socket.into_std().map_err(failed)?;
+        let socket = match &facts.dialect {
+            Dialect::Qemu { .. } => socket,
+            Dialect::CloudHypervisor { config } => {
+                let (vm, config) = (vm(), config.clone());
+                let configuring = move || chv::configure(&vm, socket, &config, CONFIGURE_LIMIT);
+                blocking(configuring).await?
+            }
+        };
         let of = socket.try_clone().map_err(failed)?;
         let (process, ram, _) = look(facts, of, binaries.to_vec(), true).await?;
         let closer = socket.try_clone().map_err(failed)?;
+        socket.set_nonblocking(true).map_err(failed)?;
         let socket = UnixStream::from_std(socket).map_err(failed)?;
         Ok(TargetVm {
             facts: facts.clone(),
@@ -72,6 +86,7 @@ impl TargetVm {
             ram,
             link: Arc::new(Link {
                 vm: vm(),
+                qemu: matches!(facts.dialect, Dialect::Qemu { .. }),
                 closer,
                 socket: Mutex::new(Some(socket)),
                 shut: watch::channel(None).0,
@@ -129,6 +144,8 @@ impl Drop for TargetVm {
 #[derive(Debug)]
 pub struct Link {
     vm: String,
+    /// Whether it speaks QEMU's dialect.
+    qemu: bool,
     /// The same socket, for closing it while it is in use.
     closer: std::os::unix::net::UnixStream,
     socket: Mutex<Option<UnixStream>>,
@@ -152,8 +169,10 @@ impl Link {
         })?;
         let overheard = Overheard {
             socket,
-            parser: ReplyParser::default(),
-            rest: Vec::new(),
+            answers: match self.qemu {
+                true => Answers::Qemu(ReplyParser::default(), Vec::new()),
+                false => Answers::CloudHypervisor(chv::Answers::default()),
+            },
             shut: &self.shut,
         };
         let played = relay_after(begin, source, overheard, idle).await;
@@ -175,31 +194,46 @@ impl Link {
     }
 }
 
-/// The VMM's socket; listens for SHUT in what it says, and changes nothing.
+enum Answers {
+    Qemu(ReplyParser, Vec<u8>),
+    CloudHypervisor(chv::Answers),
+}
+
+/// The VMM's socket; listens in what it says for the word that it has
+/// everything, and changes nothing.
 struct Overheard<'a> {
     socket: UnixStream,
-    parser: ReplyParser,
-    rest: Vec<u8>,
+    answers: Answers,
     shut: &'a watch::Sender<Option<u32>>,
 }
 
 impl Overheard<'_> {
     fn hear(&mut self, said: &[u8]) -> io::Result<()> {
-        self.rest.extend_from_slice(said);
-        let mut at = 0;
-        loop {
-            match self.parser.next(&self.rest[at..]) {
-                Ok(Some((reply, used))) => {
-                    at += used;
-                    if let Reply::Shut(said, _) = reply {
-                        self.shut.send_replace(Some(said));
-                    }
+        let wrong = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+        let (parser, rest) = match &mut self.answers {
+            Answers::Qemu(parser, rest) => (parser, rest),
+            Answers::CloudHypervisor(answers) => {
+                // The first is to the state.
+                if let Some(answer) = answers.hear(said)? {
+                    let failed = u32::from(answer != Response::Ok);
+                    self.shut.send_if_modified(|shut| {
+                        let first = shut.is_none();
+                        shut.get_or_insert(failed);
+                        first
+                    });
                 }
-                Ok(None) => break,
-                Err(error) => return Err(io::Error::new(io::ErrorKind::InvalidData, error)),
+                return Ok(());
+            }
+        };
+        rest.extend_from_slice(said);
+        let mut at = 0;
+        while let Some((reply, used)) = parser.next(&rest[at..]).map_err(wrong)? {
+            at += used;
+            if let Reply::Shut(said, _) = reply {
+                self.shut.send_replace(Some(said));
             }
         }
-        self.rest.drain(..at);
+        rest.drain(..at);
         Ok(())
     }
 }

@@ -178,7 +178,7 @@ impl Feed {
 
     /// The stream has these pages, in this order and in so many bytes. Waits
     /// while too many are waiting, and for its pace.
-    pub(super) fn report(&self, gfns: &[Gfn], bytes: usize) -> Result<(), FeedError> {
+    pub(in crate::vmm) fn report(&self, gfns: &[Gfn], bytes: usize) -> Result<(), FeedError> {
         let full =
             |s: &mut State| s.reported_len + s.taken >= s.cap && !s.lifted && s.failed.is_none();
         let waited = self.changed.wait_while(self.state(), full);
@@ -229,7 +229,7 @@ impl Feed {
     }
 
     /// The last section of RAM is through.
-    pub(super) fn complete(&self) {
+    pub(in crate::vmm) fn complete(&self) {
         self.state().progress.complete = true;
         self.changed.notify_all();
     }

@@ -25,7 +25,7 @@ const BATCH: usize = 64;
 
 /// What the target's QEMU gets, piece by piece.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Chunk {
+pub(in crate::vmm) enum Chunk {
     /// Bytes.
     Bytes(Vec<u8>),
     /// The stream has ended, and where it may.
@@ -34,19 +34,26 @@ pub(super) enum Chunk {
 
 /// Where chunks go. They are not taken until all pages are in place.
 #[derive(Debug)]
-pub(super) struct Residue {
+pub(in crate::vmm) struct Residue {
     pub(super) to: UnboundedSender<Chunk>,
     /// Bytes that nobody has taken yet.
     pub(super) held: Arc<AtomicUsize>,
 }
 
 impl Residue {
-    fn send(&self, bytes: Vec<u8>, what: &'static str) -> Result<(), SinkError> {
+    /// Hands on a piece.
+    pub(in crate::vmm) fn send(&self, bytes: Vec<u8>, what: &'static str) -> Result<(), SinkError> {
         if self.held.fetch_add(bytes.len(), Relaxed) + bytes.len() > MOST_HELD {
             return Err(too_much(what));
         }
         let sent = self.to.send(Chunk::Bytes(bytes));
         sent.map_err(|_| SinkError::Gone)
+    }
+
+    /// The stream has ended where it may.
+    pub(in crate::vmm) fn end(&self) -> Result<(), SinkError> {
+        let told = self.to.send(Chunk::End);
+        told.map_err(|_| SinkError::Gone)
     }
 }
 
@@ -257,8 +264,7 @@ impl Sink<Item<'_>> for Filter {
     }
 
     fn end(self) -> Result<(), SinkError> {
-        let told = self.residue.to.send(Chunk::End);
-        told.map_err(|_| SinkError::Gone)
+        self.residue.end()
     }
 }
 

@@ -28,10 +28,10 @@ mod testing;
 pub use error::{FilterError, StreamVmError};
 pub(in crate::vmm) use feed::Stand;
 pub use feed::{Feed, FeedError, Pace, Progress, StreamPages, Taken};
-pub(in crate::vmm) use filter::MainBlock;
+pub(in crate::vmm) use filter::{Chunk, MainBlock, Residue};
 pub use preflight::MAX_OTHER_RAM;
 pub use ram::ProcessRam;
-pub(in crate::vmm) use reading::{Reading, hand_back};
+pub(in crate::vmm) use reading::{Outgoing, Reading, hand_back};
 pub use source::SourceVm;
 pub use target::TargetVm;
 

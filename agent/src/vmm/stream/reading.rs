@@ -40,13 +40,28 @@ pub(in crate::vmm) struct Outgoing {
 }
 
 impl Reading {
-    /// Begins to read. `first` was read before.
+    /// Begins to read a stream of QEMU's. `first` was read before.
     pub(in crate::vmm) fn start(
         vm: &str,
         socket: UnixStream,
         first: Vec<u8>,
         feed: Arc<Feed>,
         block: MainBlock,
+    ) -> io::Result<Reading> {
+        let to = feed.clone();
+        Reading::by(vm, socket, feed, move |socket, residue| {
+            read(socket, first, Filter::new(to, block, residue))
+        })
+    }
+
+    /// Begins to read by `reader`, in a thread of its own. It has not failed once
+    /// all of the stream has gone to the feed and the residue; else it says why
+    /// it broke off.
+    pub(in crate::vmm) fn by(
+        vm: &str,
+        socket: UnixStream,
+        feed: Arc<Feed>,
+        reader: impl FnOnce(&UnixStream, Residue) -> Result<(), String> + Send + 'static,
     ) -> io::Result<Reading> {
         socket.set_nonblocking(false)?;
         let socket = Arc::new(socket);
@@ -56,14 +71,13 @@ impl Reading {
             to,
             held: held.clone(),
         };
-        let filter = Filter::new(feed.clone(), block, residue);
         let reading = socket.clone();
         std::thread::Builder::new()
             .name(format!("stream-{vm}"))
             .spawn(move || {
-                if let Err(why) = read(&reading, first, filter) {
+                if let Err(why) = reader(&reading, residue) {
                     feed.fail(&why);
-                    // QEMU's migration fails, and its guest runs on.
+                    // The VMM's migration fails, and its guest runs on.
                     let _gone = reading.shutdown(Shutdown::Both);
                 }
             })?;
@@ -92,17 +106,25 @@ impl Drop for Reading {
 }
 
 impl Outgoing {
+    /// The next piece, which is not held any more; `None` if the stream broke off.
+    pub(in crate::vmm) async fn next(&mut self) -> Option<Chunk> {
+        let next = self.chunks.recv().await;
+        if let Some(Chunk::Bytes(bytes)) = &next {
+            self.held.fetch_sub(bytes.len(), Relaxed);
+        }
+        next
+    }
+
     /// Sends all of it. Says whether the stream was whole.
     pub(in crate::vmm) async fn send(
         mut self,
         mut to: impl AsyncWrite + Unpin,
     ) -> io::Result<bool> {
         loop {
-            match self.chunks.recv().await {
+            match self.next().await {
                 Some(Chunk::Bytes(bytes)) => {
                     to.write_all(&bytes).await?;
                     to.flush().await?;
-                    self.held.fetch_sub(bytes.len(), Relaxed);
                 }
                 Some(Chunk::End) => {
                     // Only of this direction: the target still answers.
