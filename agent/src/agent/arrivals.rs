@@ -15,7 +15,7 @@ use crate::gang::moments::Moment;
 use crate::gang::target::TargetGang;
 use crate::net::Incoming;
 use crate::types::VmIndex;
-use crate::vmm::definition::{Definition, Kind, VmPaths};
+use crate::vmm::definition::{Definition, Family, Kind, Role, VmPaths};
 use crate::vmm::kinds::TargetVm;
 use crate::vmm::ram::{free_bytes, free_memory};
 use crate::vmm::relay::relay_after;
@@ -60,9 +60,13 @@ impl Agent {
                 definition.name
             ));
         }
-        if !self.config.qemu_binaries.contains(&definition.binary) {
+        let (allowed, key) = match definition.family {
+            Family::Qemu => (&self.config.qemu_binaries, "qemu_binaries"),
+            Family::Linked => (&self.config.vmm_binaries, "vmm_binaries"),
+        };
+        if !allowed.contains(&definition.binary) {
             return Err(format!(
-                "VM {name} wants {}, which is not among `qemu_binaries` in {} of {}",
+                "VM {name} wants {}, which is not among `{key}` in {} of {}",
                 definition.binary.display(),
                 self.config.file.display(),
                 self.name()
@@ -70,7 +74,7 @@ impl Agent {
         }
         let files = VmPaths::new(&self.config.run_dir, &self.config.ram_dir, name);
         definition
-            .expand(&files, &self.config.placeholders)
+            .expand(&files, &self.config.placeholders, Role::Incoming)
             .map_err(|e| chain(&e))?;
         let ram_dir = &self.config.ram_dir;
         let (free, place) = match definition.has_ram_file() {
@@ -322,7 +326,7 @@ impl Agent {
         };
         let begin = match arrival.kind {
             Kind::QemuStream => STREAM_BEGINS,
-            Kind::QemuDirect | Kind::Auto => RELAY_IDLE,
+            Kind::QemuDirect | Kind::KvmLog | Kind::Auto => RELAY_IDLE,
         };
         let outcome = match UnixStream::connect(&arrival.socket).await {
             Ok(vmm) => relay_after(begin, incoming.stream, vmm, RELAY_IDLE)

@@ -32,7 +32,8 @@ pub struct RunVm {
 pub struct AdoptVm {
     /// Name of the definition it was started from.
     pub name: String,
-    /// Its QMP socket. No other client may hold it.
+    /// Its QMP socket, or the one that its VMM serves with `drover-vmm`. No other
+    /// client may hold it.
     pub qmp: PathBuf,
 }
 
@@ -41,8 +42,8 @@ pub struct AdoptVm {
 pub struct VmInfo {
     /// Its name.
     pub name: String,
-    /// How it is reached: `qemu-direct` or `qemu-stream`; `none` if it cannot
-    /// be moved.
+    /// How it is reached: `qemu-direct`, `qemu-stream` or `kvm-log`; `none` if it
+    /// cannot be moved.
     pub kind: String,
     /// Why no better kind is possible, if so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -59,7 +60,7 @@ pub struct VmInfo {
     pub dirty_bytes_per_s: Option<u64>,
     /// Process id of the VMM.
     pub pid: u32,
-    /// Its QMP socket.
+    /// The socket by which it is driven: QMP, or the link.
     pub qmp: PathBuf,
     /// Dedup domain.
     pub domain: String,

@@ -20,7 +20,8 @@
 
 use super::definition::{Definition, Kind, VmPaths};
 use super::direct::{self, DirectError};
-use super::launch::Vmm;
+use super::kvm_log::{self, KvmLogSource, KvmLogVmError, LinkedFacts};
+use super::launch::{Control, Vmm};
 use super::preflight::QemuFacts;
 use super::source::{DirectSource, PageRead, PageSink};
 use super::stream::{self, StreamPages, StreamVmError};
@@ -41,6 +42,8 @@ pub enum VmFacts {
     QemuDirect(QemuFacts),
     /// QEMU whose RAM is its own.
     QemuStream(QemuFacts),
+    /// A VMM that answers KVM's dirty log.
+    KvmLog(LinkedFacts),
 }
 
 impl VmFacts {
@@ -49,6 +52,7 @@ impl VmFacts {
         match self {
             VmFacts::QemuDirect(_) => Kind::QemuDirect,
             VmFacts::QemuStream(_) => Kind::QemuStream,
+            VmFacts::KvmLog(_) => Kind::KvmLog,
         }
     }
 
@@ -56,6 +60,7 @@ impl VmFacts {
     pub fn ram_bytes(&self) -> u64 {
         match self {
             VmFacts::QemuDirect(facts) | VmFacts::QemuStream(facts) => facts.ram_bytes,
+            VmFacts::KvmLog(facts) => facts.ram_bytes,
         }
     }
 }
@@ -69,6 +74,9 @@ pub enum KindError {
     /// In stream mode.
     #[error(transparent)]
     Stream(#[from] Box<StreamVmError>),
+    /// By KVM's log.
+    #[error(transparent)]
+    KvmLog(#[from] Box<KvmLogVmError>),
     /// No kind takes the VM.
     #[error("{direct}; and in stream mode: {stream}")]
     None {
@@ -86,6 +94,8 @@ pub enum Pages {
     Direct(DirectSource),
     /// QEMU's stream reports, once it is begun.
     Stream(StreamPages),
+    /// The VMM is asked for KVM's dirty log, round by round.
+    KvmLog(KvmLogSource),
 }
 
 /// A VM on the host it is moved from.
@@ -95,6 +105,8 @@ pub enum SourceVm {
     Direct(direct::SourceVm),
     /// QEMU whose RAM is its own.
     Stream(Box<stream::SourceVm>),
+    /// A VMM that answers KVM's dirty log.
+    KvmLog(kvm_log::SourceVm),
 }
 
 impl SourceVm {
@@ -110,7 +122,11 @@ impl SourceVm {
             let opened = stream::SourceVm::open(vmm).await;
             opened.map(|vm| SourceVm::Stream(Box::new(vm)))
         };
+        let linked = matches!(vmm.control, Control::Link(_));
         match wanted {
+            Kind::KvmLog => Ok((Self::by_log(vmm).await?, None)),
+            // There is no other kind that such a VM could be of.
+            Kind::Auto if linked => Ok((Self::by_log(vmm).await?, None)),
             Kind::QemuDirect => Ok((SourceVm::Direct(direct::SourceVm::open(vmm).await?), None)),
             Kind::QemuStream => Ok((stream(vmm).await.map_err(boxed)?, None)),
             Kind::Auto => {
@@ -129,11 +145,17 @@ impl SourceVm {
         }
     }
 
+    async fn by_log(vmm: Vmm) -> Result<SourceVm, KindError> {
+        let opened = kvm_log::SourceVm::open(vmm).await;
+        Ok(SourceVm::KvmLog(opened.map_err(log_boxed)?))
+    }
+
     /// What the target has to know.
     pub fn facts(&self) -> VmFacts {
         match self {
             SourceVm::Direct(vm) => VmFacts::QemuDirect(vm.facts().clone()),
             SourceVm::Stream(vm) => VmFacts::QemuStream(vm.facts().clone()),
+            SourceVm::KvmLog(vm) => VmFacts::KvmLog(vm.facts().clone()),
         }
     }
 
@@ -142,6 +164,7 @@ impl SourceVm {
         match self {
             SourceVm::Direct(vm) => vm.ram().clone(),
             SourceVm::Stream(vm) => vm.ram().clone(),
+            SourceVm::KvmLog(vm) => vm.ram().clone(),
         }
     }
 
@@ -150,6 +173,7 @@ impl SourceVm {
         match self {
             SourceVm::Direct(vm) => Ok(vm.is_running().await?),
             SourceVm::Stream(vm) => Ok(vm.is_running().await.map_err(boxed)?),
+            SourceVm::KvmLog(vm) => Ok(vm.is_running().await.map_err(log_boxed)?),
         }
     }
 
@@ -164,6 +188,10 @@ impl SourceVm {
                 Ok(Pages::Direct(DirectSource::new(vm.ram().clone(), log)))
             }
             SourceVm::Stream(vm) => Ok(Pages::Stream(vm.pages())),
+            SourceVm::KvmLog(vm) => {
+                let pages = vm.start_log().await.map_err(log_boxed)?;
+                Ok(Pages::KvmLog(pages))
+            }
         }
     }
 
@@ -171,7 +199,7 @@ impl SourceVm {
     /// itself: then everybody has to be ready for that before.
     pub fn stops_by_itself(&self) -> bool {
         match self {
-            SourceVm::Direct(_) => false,
+            SourceVm::Direct(_) | SourceVm::KvmLog(_) => false,
             SourceVm::Stream(_) => true,
         }
     }
@@ -181,6 +209,7 @@ impl SourceVm {
         match self {
             SourceVm::Direct(vm) => Ok(vm.prepare_state_out().await?),
             SourceVm::Stream(vm) => Ok(vm.begin(socket).await.map_err(boxed)?),
+            SourceVm::KvmLog(_) => Ok(()),
         }
     }
 
@@ -190,13 +219,14 @@ impl SourceVm {
         match self {
             SourceVm::Direct(vm) => Ok(vm.pause().await?),
             SourceVm::Stream(vm) => Ok(vm.pause().await.map_err(boxed)?),
+            SourceVm::KvmLog(vm) => Ok(vm.pause().await.map_err(log_boxed)?),
         }
     }
 
     /// The guest stands still, and everybody knows: the last pages may follow.
     pub async fn report_rest(&self) -> Result<(), KindError> {
         match self {
-            SourceVm::Direct(_) => Ok(()),
+            SourceVm::Direct(_) | SourceVm::KvmLog(_) => Ok(()),
             SourceVm::Stream(vm) => Ok(vm.report_rest().await.map_err(boxed)?),
         }
     }
@@ -204,7 +234,7 @@ impl SourceVm {
     /// Since when the guest has stood still, if its VMM has stopped it by itself.
     pub fn stopped_at(&self) -> Option<Instant> {
         match self {
-            SourceVm::Direct(_) => None,
+            SourceVm::Direct(_) | SourceVm::KvmLog(_) => None,
             SourceVm::Stream(vm) => vm.stopped_at(),
         }
     }
@@ -223,13 +253,14 @@ impl SourceVm {
         match self {
             SourceVm::Direct(vm) => Ok(vm.state_out(socket, target, limit).await?),
             SourceVm::Stream(vm) => Ok(vm.state_out(target, limit).await.map_err(boxed)?),
+            SourceVm::KvmLog(vm) => Ok(vm.state_out(target, limit).await.map_err(log_boxed)?),
         }
     }
 
     /// Breaks off what is under way, so that [`roll_back`] is not kept waiting.
     pub fn break_off(&self) {
         match self {
-            SourceVm::Direct(_) => {}
+            SourceVm::Direct(_) | SourceVm::KvmLog(_) => {}
             SourceVm::Stream(vm) => vm.break_off(),
         }
     }
@@ -239,17 +270,30 @@ fn boxed(error: StreamVmError) -> Box<StreamVmError> {
     Box::new(error)
 }
 
+fn log_boxed(error: KvmLogVmError) -> Box<KvmLogVmError> {
+    Box::new(error)
+}
+
 /// Lets a source go on after a failure before the point of no return; `run`:
 /// its guest, found stopped, is to run. Works from every state, also for an
 /// agent that has been restarted meanwhile.
 pub async fn roll_back(vmm: &Vmm, run: bool) -> Result<(), KindError> {
-    Ok(direct::roll_back(vmm, run).await?)
+    match &vmm.control {
+        Control::Qmp(_) => Ok(direct::roll_back(vmm, run).await?),
+        Control::Link(_) => Ok(kvm_log::roll_back(vmm, run).await.map_err(log_boxed)?),
+    }
 }
 
 /// Lets a guest that has arrived run (or stand, unless `run`). Only after the
 /// point of no return; also for an agent that has been restarted meanwhile.
 pub async fn resume_arrived(vmm: &Vmm, run: bool) -> Result<(), KindError> {
-    Ok(direct::resume_arrived(vmm, run).await?)
+    match &vmm.control {
+        Control::Qmp(_) => Ok(direct::resume_arrived(vmm, run).await?),
+        Control::Link(_) => {
+            let resumed = kvm_log::resume_arrived(vmm, run).await;
+            Ok(resumed.map_err(log_boxed)?)
+        }
+    }
 }
 
 /// A VM on the host it is moved to. Dropped before [`TargetVm::keep`], its VMM
@@ -260,6 +304,8 @@ pub enum TargetVm {
     Direct(direct::TargetVm),
     /// QEMU whose RAM is its own.
     Stream(stream::TargetVm),
+    /// A VMM that embeds `drover-vmm`.
+    KvmLog(kvm_log::TargetVm),
 }
 
 impl TargetVm {
@@ -280,6 +326,11 @@ impl TargetVm {
                     .await
                     .map_err(boxed)?,
             )),
+            VmFacts::KvmLog(facts) => Ok(TargetVm::KvmLog(
+                kvm_log::TargetVm::prepare(definition, paths, host, facts)
+                    .await
+                    .map_err(log_boxed)?,
+            )),
         }
     }
 
@@ -288,6 +339,7 @@ impl TargetVm {
         match self {
             TargetVm::Direct(_) => Kind::QemuDirect,
             TargetVm::Stream(_) => Kind::QemuStream,
+            TargetVm::KvmLog(_) => Kind::KvmLog,
         }
     }
 
@@ -296,6 +348,7 @@ impl TargetVm {
         match self {
             TargetVm::Direct(vm) => vm.vmm(),
             TargetVm::Stream(vm) => vm.vmm(),
+            TargetVm::KvmLog(vm) => vm.vmm(),
         }
     }
 
@@ -304,6 +357,7 @@ impl TargetVm {
         match self {
             TargetVm::Direct(vm) => vm.ram().clone(),
             TargetVm::Stream(vm) => vm.ram().clone(),
+            TargetVm::KvmLog(vm) => vm.ram().clone(),
         }
     }
 
@@ -313,6 +367,7 @@ impl TargetVm {
         match self {
             TargetVm::Direct(vm) => Ok(vm.listen(socket).await?),
             TargetVm::Stream(vm) => Ok(vm.listen(socket).await.map_err(boxed)?),
+            TargetVm::KvmLog(vm) => Ok(vm.listen(socket).await.map_err(log_boxed)?),
         }
     }
 
@@ -321,6 +376,7 @@ impl TargetVm {
         match self {
             TargetVm::Direct(vm) => Ok(vm.wait_arrived(limit).await?),
             TargetVm::Stream(vm) => Ok(vm.wait_arrived(limit).await.map_err(boxed)?),
+            TargetVm::KvmLog(vm) => Ok(vm.wait_arrived(limit).await.map_err(log_boxed)?),
         }
     }
 
@@ -329,6 +385,7 @@ impl TargetVm {
         match self {
             TargetVm::Direct(vm) => vm.keep(),
             TargetVm::Stream(vm) => vm.keep(),
+            TargetVm::KvmLog(vm) => vm.keep(),
         }
     }
 
@@ -337,6 +394,7 @@ impl TargetVm {
         match self {
             TargetVm::Direct(vm) => vm.abort().await,
             TargetVm::Stream(vm) => vm.abort().await,
+            TargetVm::KvmLog(vm) => vm.abort().await,
         }
     }
 }
