@@ -6,7 +6,7 @@ use drover::pace::meter::Prefix;
 use drover::pace::policy::{self, ProfileName};
 use drover::pki::TlsFiles;
 use drover::types::PAGE_SIZE;
-use drover::vmm::definition::{Definition, VmPaths, check_name, parse_size};
+use drover::vmm::definition::{Definition, Role, VmPaths, check_name, parse_size};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -61,6 +61,7 @@ fn check_config(config: &AgentConfig) {
     .into_iter()
     .chain(tls)
     .chain(&config.qemu_binaries)
+    .chain(&config.vmm_binaries)
     .chain(&config.hold_at_switch)
     .chain(&config.moments)
     {
@@ -146,10 +147,10 @@ fn check_definition(vm: &Definition) {
         .map(|name| (name.to_owned(), "{ram}".to_owned()))
         .collect();
     let args = vm
-        .expand(&paths, &known)
+        .expand(&paths, &known, Role::Incoming)
         .expect("all placeholders are known");
-    assert_eq!(args.len(), vm.args.len());
-    let own_alone = vm.expand(&paths, &BTreeMap::new());
+    assert_eq!(args.len(), vm.args.len() + vm.incoming_args.len());
+    let own_alone = vm.expand(&paths, &BTreeMap::new(), Role::Incoming);
     assert_eq!(own_alone.is_ok(), known.is_empty());
 }
 

@@ -1,10 +1,11 @@
 //! The files that agents of the lab are configured with: everything that
 //! knows their formats is here.
 
+use crate::kvmm;
 use crate::qemu::{Guest, Places, QEMU};
 use crate::sandbox::Sandbox;
 use crate::topology::{Host, Lab, rack_prefix};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use drover::config::ClusterSecret;
 use drover::gang::plant::Plant;
 use drover::pki;
@@ -137,7 +138,7 @@ fn config(
         "name = {:?}\nrack = {:?}\nlisten = \"{}:{PORT}\"\napi_socket = {:?}\nstate_dir = {:?}\n\
          run_dir = {:?}\nram_dir = {:?}\nsecret_file = {:?}\nuplinks = [\"eth0\"]\n\
          rack_prefixes = [{:?}]\npolicy = {:?}\nvm_definitions = {:?}\nqemu_binaries = [{QEMU:?}]\n\
-         data_memory = \"64 MiB\"\n\n[log]\nlevel = {:?}\n",
+         vmm_binaries = {:?}\ndata_memory = \"64 MiB\"\n\n[log]\nlevel = {:?}\n",
         host.name,
         host.rack_name(),
         host.addr,
@@ -149,6 +150,8 @@ fn config(
         rack_prefix(host.rack),
         files.policy,
         files.definitions,
+        // Not built by those who only need QEMU.
+        kvmm::binary().into_iter().collect::<Vec<_>>(),
         options.log,
     );
     for peer in &lab.hosts {
@@ -246,6 +249,48 @@ pub fn definition(name: &str, domain: &str, guest: &Guest, private: bool) -> Str
         guest.ram_bytes() >> 10,
         args.join(",\n    ")
     )
+}
+
+/// Where `kvmm` has guest RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    /// In the file that the agent makes.
+    File,
+    /// In a memfd of its own, which the agent gets from it.
+    Own,
+}
+
+/// The definition of a VM of kind `kvm-log`: a KVM guest in `kvmm`.
+///
+/// # Errors
+/// When `kvmm` is missing, or the guest is one for QEMU.
+pub fn linked_definition(
+    name: &str,
+    domain: &str,
+    guest: &Guest,
+    memory: Memory,
+) -> Result<String> {
+    let Guest::Kvm { elf, ram_mib, work } = guest else {
+        bail!("kvmm cannot run {guest:?}");
+    };
+    let (elf, mib, work) = (
+        elf.display().to_string(),
+        ram_mib.to_string(),
+        work.cmdline(),
+    );
+    let mut args = vec![
+        "--name", "{name}", "--link", "{link}", "--serial", "{serial}",
+    ];
+    args.extend(["--commands", "{dir}/ctl.sock", "--ram-mib", &mib]);
+    args.extend(["--kernel", &elf, "--cmdline", &work]);
+    if memory == Memory::File {
+        args.extend(["--ram", "{ram}"]);
+    }
+    Ok(format!(
+        "name = {name:?}\ndomain = {domain:?}\nkind = \"kvm-log\"\nram = \"{mib}M\"\n\n\
+         [vmm]\nbinary = {:?}\nargs = {args:?}\nincoming_args = [\"--incoming\"]\n",
+        kvmm::binary()?
+    ))
 }
 
 /// A plan: VM, source host, target host.

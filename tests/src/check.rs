@@ -235,7 +235,7 @@ fn look(dir: &Path, found: &mut Differing) -> Result<()> {
     Ok(())
 }
 
-/// The pids of all QEMU processes of the lab that run the VM `name`.
+/// The pids of all VMMs of the lab, QEMU or `kvmm`, that run the VM `name`.
 ///
 /// # Errors
 /// When /proc cannot be read.
@@ -247,20 +247,18 @@ pub fn vmms_of(lab: &Lab, name: &str) -> Result<Vec<i32>> {
                 continue;
             };
             let mut args = cmdline.split(|b| *b == 0);
-            if args
-                .next()
-                .is_some_and(|a| a.ends_with(b"qemu-system-x86_64"))
-            {
-                let named = args
-                    .skip_while(|a| *a != b"-name")
-                    .nth(1)
-                    .unwrap_or_default();
-                let named = String::from_utf8_lossy(named);
-                // "name", "guest=name,…" and "name,process=…" all mean the VM.
-                let first = named.split(',').next().unwrap_or_default();
-                if first.strip_prefix("guest=").unwrap_or(first) == name {
-                    pids.push(pid);
-                }
+            let program = args.next().unwrap_or_default();
+            let flag: &[u8] = match program.rsplit(|b| *b == b'/').next() {
+                Some(b"qemu-system-x86_64") => b"-name",
+                Some(b"kvmm") => b"--name",
+                _ => continue,
+            };
+            let named = args.skip_while(|a| *a != flag).nth(1);
+            let named = String::from_utf8_lossy(named.unwrap_or_default());
+            // "name", "guest=name,…" and "name,process=…" all mean the VM.
+            let first = named.split(',').next().unwrap_or_default();
+            if first.strip_prefix("guest=").unwrap_or(first) == name {
+                pids.push(pid);
             }
         }
     }

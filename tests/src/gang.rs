@@ -1,25 +1,21 @@
 //! A gang of VMs in the care of agents: started, migrated, checked.
 
-use crate::agentcfg::{self, AgentFiles};
+use crate::agentcfg::{self, AgentFiles, Memory};
 use crate::check;
 use crate::drover::{Cluster, Migrated, Migration};
+use crate::kvmm::{Inside, Kvmm, Setup};
 use crate::qemu::{self, Guest, Places, Vmm};
-use crate::qmp::Qmp;
 use crate::registry;
 use crate::save::Saved;
 use crate::serial::Serial;
+use crate::stopwatch::{self, StopWatch};
 use crate::topology::{Host, Lab};
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Extension of the monitor by which the stops of an adopted VM are timed.
-const WATCH: &str = "watch.qmp";
 const TICKS: Duration = Duration::from_secs(20);
 const VERIFY: Duration = Duration::from_secs(60);
 /// How long to wait before a guest is asked again: one that interprets its
@@ -39,8 +35,26 @@ pub struct RunningVm {
     pub host: String,
     /// Its files there; `qmp` is the lab's own monitor.
     pub at: Places,
+    /// Whether it is in `kvmm` (kind `kvm-log`), of which the lab has no monitor.
+    pub linked: bool,
     /// Set while it runs in a VMM that the lab started and an agent adopted.
-    vmm: Option<Vmm>,
+    vmm: Option<Own>,
+}
+
+/// A VMM that the lab has started.
+#[derive(Debug)]
+enum Own {
+    Qemu(Box<Vmm>),
+    Kvmm(Box<Kvmm>),
+}
+
+impl Own {
+    fn ended(&mut self) -> Result<()> {
+        match self {
+            Own::Qemu(vmm) => vmm.ended(Duration::from_secs(5)),
+            Own::Kvmm(vmm) => vmm.ended(),
+        }
+    }
 }
 
 /// VMs on a lab's hosts with agents.
@@ -76,12 +90,11 @@ impl<'a> Gang<'a> {
     }
 
     /// Puts a VM's definition on all hosts' agents.
-    fn define(&self, name: &str, domain: &str, guest: &Guest, private: bool) -> Result<()> {
+    fn define(&self, name: &str, text: &str) -> Result<()> {
         for host in &self.lab.hosts {
             let file = AgentFiles::of(host)
                 .definitions
                 .join(format!("{name}.toml"));
-            let text = agentcfg::definition(name, domain, guest, private);
             fs::write(file, text)?;
         }
         Ok(())
@@ -119,7 +132,10 @@ impl<'a> Gang<'a> {
         host: &str,
         private: bool,
     ) -> Result<()> {
-        self.define(name, domain, &saved.guest, private)?;
+        self.define(
+            name,
+            &agentcfg::definition(name, domain, &saved.guest, private),
+        )?;
         let on = self.host(host)?;
         // Apart from the agent's folders: there it makes its own when a VM arrives.
         let (run, shm) = (on.run_dir.join("lab"), on.shm_dir.join("lab"));
@@ -134,7 +150,7 @@ impl<'a> Gang<'a> {
         let monitor = run.join(format!("{name}.agent.qmp")).display().to_string();
         let socket = |path: &str| format!("unix:{path},server=on,wait=off");
         let watch = Path::new(&at.qmp)
-            .with_extension(WATCH)
+            .with_extension(stopwatch::WATCH)
             .display()
             .to_string();
         let more = ["-qmp", &socket(&monitor), "-qmp", &socket(&watch)];
@@ -154,7 +170,8 @@ impl<'a> Gang<'a> {
             guest,
             host: host.into(),
             at,
-            vmm: Some(vmm),
+            linked: false,
+            vmm: Some(Own::Qemu(Box::new(vmm))),
         });
         Ok(())
     }
@@ -164,7 +181,8 @@ impl<'a> Gang<'a> {
     /// # Errors
     /// When the agent cannot start it or it does not tick.
     pub fn run(&mut self, name: &str, guest: &Guest, host: &str) -> Result<()> {
-        self.run_as(name, guest, host, false)
+        let text = agentcfg::definition(name, "lab", guest, false);
+        self.run_as(name, guest, host, &text, false)
     }
 
     /// As [`Gang::run`]; its RAM is the VMM's own.
@@ -172,11 +190,74 @@ impl<'a> Gang<'a> {
     /// # Errors
     /// As [`Gang::run`].
     pub fn run_private(&mut self, name: &str, guest: &Guest, host: &str) -> Result<()> {
-        self.run_as(name, guest, host, true)
+        let text = agentcfg::definition(name, "lab", guest, true);
+        self.run_as(name, guest, host, &text, false)
     }
 
-    fn run_as(&mut self, name: &str, guest: &Guest, host: &str, private: bool) -> Result<()> {
-        self.define(name, "lab", guest, private)?;
+    /// As [`Gang::run`]; in `kvmm`, as a VM of kind `kvm-log`.
+    ///
+    /// # Errors
+    /// As [`Gang::run`].
+    pub fn run_linked(
+        &mut self,
+        name: &str,
+        guest: &Guest,
+        host: &str,
+        memory: Memory,
+    ) -> Result<()> {
+        let text = agentcfg::linked_definition(name, "lab", guest, memory)?;
+        self.run_as(name, guest, host, &text, true)
+    }
+
+    /// Starts `kvmm` on `host`, and lets the agent there adopt it.
+    ///
+    /// # Errors
+    /// When it does not start or the agent refuses it.
+    pub fn adopt_linked(&mut self, name: &str, guest: &Guest, host: &str) -> Result<()> {
+        let text = agentcfg::linked_definition(name, "lab", guest, Memory::Own)?;
+        self.define(name, &text)?;
+        let Guest::Kvm { ram_mib, work, .. } = *guest else {
+            bail!("kvmm cannot run {guest:?}");
+        };
+        let setup = Setup {
+            ram_mib,
+            ring: None,
+            inside: Inside::Checker(work),
+        };
+        let vmm = Kvmm::start_in(Some(&self.host(host)?.ns), name, &setup)?;
+        let path = |path: &Path| path.display().to_string();
+        let link = path(&vmm.link);
+        self.cluster
+            .agent(host)
+            .run(&["vm", "adopt", name, "--link", &link])?;
+        let at = Places {
+            // Ours, and not for the agent to remove.
+            ram: String::new(),
+            private: false,
+            serial: path(vmm.serial.path()),
+            control: path(&vmm.commands),
+            qmp: link,
+        };
+        self.vms.push(RunningVm {
+            name: name.into(),
+            guest: guest.clone(),
+            host: host.into(),
+            at,
+            linked: true,
+            vmm: Some(Own::Kvmm(Box::new(vmm))),
+        });
+        Ok(())
+    }
+
+    fn run_as(
+        &mut self,
+        name: &str,
+        guest: &Guest,
+        host: &str,
+        definition: &str,
+        linked: bool,
+    ) -> Result<()> {
+        self.define(name, definition)?;
         let agent = self.cluster.agent(host);
         agent.run(&["vm", "run", name])?;
         let at = agent.files.places(name);
@@ -186,6 +267,7 @@ impl<'a> Gang<'a> {
             guest: guest.clone(),
             host: host.into(),
             at,
+            linked,
             vmm: None,
         });
         Ok(())
@@ -211,7 +293,7 @@ impl<'a> Gang<'a> {
             .start_migration(self.lab, gang, &self.plan(moves), args)
     }
 
-    /// Migrates, with stops timed. VMs that arrived are on their new hosts
+    /// Migrates, with the stops of those in QEMU timed. VMs that arrived are on their new hosts
     /// afterwards, the others where they were; see [`Gang::check`].
     ///
     /// # Errors
@@ -229,7 +311,9 @@ impl<'a> Gang<'a> {
         let migrated = self.start_migration(gang, moves, args)?.wait()?;
         let mut stops = Vec::new();
         for (watch, (i, _)) in watches.into_iter().zip(moves) {
-            if self.arrived(&migrated, *i) {
+            if let Some(watch) = watch
+                && self.arrived(&migrated, *i)
+            {
                 let name = &self.vms[*i].name;
                 stops.push(
                     watch
@@ -242,14 +326,18 @@ impl<'a> Gang<'a> {
         Ok((migrated, stops))
     }
 
-    fn watch(&self, index: usize, to: &str) -> Result<StopWatch> {
+    fn watch(&self, index: usize, to: &str) -> Result<Option<StopWatch>> {
         let vm = &self.vms[index];
+        if vm.linked {
+            return Ok(None);
+        }
         let target = self.cluster.agent(to).files.places(&vm.name);
-        StopWatch::start(
+        let watch = StopWatch::start(
             Path::new(&vm.at.qmp),
             vm.vmm.is_some(),
             Path::new(&target.qmp),
-        )
+        )?;
+        Ok(Some(watch))
     }
 
     fn arrived(&self, migrated: &Migrated, index: usize) -> bool {
@@ -275,7 +363,7 @@ impl<'a> Gang<'a> {
             let source_ram = std::mem::replace(&mut vm.at, at).ram;
             vm.host = to.to_string();
             if let Some(mut vmm) = vm.vmm.take() {
-                vmm.ended(Duration::from_secs(5))
+                vmm.ended()
                     .with_context(|| format!("source of {}", vm.name))?;
             }
             let until = Instant::now() + Duration::from_secs(5);
@@ -378,73 +466,4 @@ pub fn verify(name: &str, host: &str, at: &Places, guest: &Guest) -> Result<()> 
         }
     }
     serial.ticks_on(2, TICKS).with_context(context)
-}
-
-/// Times a VM's stop by the events of both VMMs: from the last STOP at the
-/// source to RESUME at the target.
-#[derive(Debug)]
-struct StopWatch {
-    source: Option<Qmp>,
-    target: Option<JoinHandle<Result<u64>>>,
-    over: Arc<AtomicBool>,
-}
-
-impl StopWatch {
-    /// `adopted`: the lab's own connection to the source is held elsewhere, so
-    /// a further monitor of it is used.
-    fn start(source: &Path, adopted: bool, target: &Path) -> Result<StopWatch> {
-        let source = if adopted {
-            source.with_extension(WATCH)
-        } else {
-            source.to_path_buf()
-        };
-        let source = Some(Qmp::connect(&source)?);
-        let over = Arc::new(AtomicBool::new(false));
-        let (socket, ended) = (target.to_path_buf(), Arc::clone(&over));
-        let target = std::thread::spawn(move || {
-            let mut qmp = loop {
-                match Qmp::connect(&socket) {
-                    Ok(qmp) => break qmp,
-                    Err(_) if !ended.load(Ordering::Relaxed) => {
-                        std::thread::sleep(Duration::from_millis(5))
-                    }
-                    Err(e) => return Err(e.context("the target's VMM never came up")),
-                }
-            };
-            loop {
-                // Short waits, so that a migration that fails ends this as well.
-                match qmp.wait_event(Duration::from_millis(200), |e| e.name == "RESUME") {
-                    Ok(event) => return Ok(event.at_us),
-                    Err(e) if ended.load(Ordering::Relaxed) => return Err(e),
-                    Err(_) => {}
-                }
-            }
-        });
-        Ok(StopWatch {
-            source,
-            target: Some(target),
-            over,
-        })
-    }
-
-    /// Milliseconds from STOP to RESUME.
-    fn finish(mut self) -> Result<f64> {
-        self.over.store(true, Ordering::Relaxed);
-        let target = self.target.take().context("finished already")?;
-        let resumed = target
-            .join()
-            .unwrap_or_else(|p| std::panic::resume_unwind(p))?;
-        let mut source = self.source.take().context("finished already")?;
-        source.drain();
-        let stopped = source
-            .last_at("STOP")
-            .context("the source never stopped its guest")?;
-        Ok(resumed.saturating_sub(stopped) as f64 / 1000.0)
-    }
-}
-
-impl Drop for StopWatch {
-    fn drop(&mut self) {
-        self.over.store(true, Ordering::Relaxed);
-    }
 }

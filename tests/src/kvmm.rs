@@ -1,10 +1,10 @@
-//! `kvmm`, the small VMM of this package, as tests and benchmarks run it: on
-//! this host, without a lab.
+//! `kvmm`, the small VMM of this package, as tests and benchmarks run it; agents
+//! start theirs from [`crate::agentcfg`]'s definitions.
 
 use crate::guest::kvm::{self, KvmWork};
-use crate::registry;
+use crate::netns::Netns;
 use crate::serial::Serial;
-use crate::{cache, qemu};
+use crate::{cache, qemu, registry};
 use anyhow::{Context, Result, bail};
 use drover::types::Gfn;
 use drover::vmm::dirty::DirtyLog;
@@ -68,8 +68,10 @@ pub struct Setup {
 pub struct Kvmm {
     child: Child,
     pidfd: OwnedFd,
-    link: PathBuf,
-    commands: PathBuf,
+    /// Where it listens for an agent.
+    pub link: PathBuf,
+    /// Where its guest takes commands.
+    pub commands: PathBuf,
     /// Guest RAM.
     pub ram: PathBuf,
     /// What the guest says.
@@ -85,13 +87,22 @@ impl Kvmm {
     /// # Errors
     /// When it does not come up; the message holds what it said.
     pub fn start(setup: &Setup) -> Result<Kvmm> {
+        Self::start_in(None, "kvmm", setup)
+    }
+
+    /// The same for the VM `name` on a host of the lab.
+    ///
+    /// # Errors
+    /// As [`Kvmm::start`].
+    pub fn start_in(ns: Option<&Netns>, name: &str, setup: &Setup) -> Result<Kvmm> {
         let dir = tempfile::Builder::new()
             .prefix("drover-kvmm-")
             .tempdir_in("/dev/shm")?;
         let at = |name: &str| dir.path().join(name);
         let log = at("log");
-        let mut command = Command::new(binary()?);
-        command.args(["--name", "kvmm", "--end-with-parent"]);
+        let program = binary()?;
+        let mut command = ns.map_or_else(|| Command::new(&program), |ns| ns.command(&program));
+        command.args(["--name", name, "--end-with-parent"]);
         for (flag, file) in [
             ("--ram", "ram"),
             ("--serial", "serial"),

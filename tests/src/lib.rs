@@ -37,5 +37,6 @@ pub mod save;
 pub mod serial;
 pub mod slowdisk;
 pub mod stage;
+mod stopwatch;
 pub mod tenant;
 pub mod topology;

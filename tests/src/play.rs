@@ -2,7 +2,7 @@
 //! move at a moment ([`drover::gang::moments`]) and does something to the
 //! agents: what tests of recovery have in common.
 
-use crate::agentcfg::AgentFiles;
+use crate::agentcfg::{AgentFiles, Memory};
 use crate::check::{self, DifferingPage, HoldWatcher};
 use crate::drover::{Agent, Ended, Migration};
 use crate::gang::{Gang, RunningVm};
@@ -10,7 +10,7 @@ use crate::qemu::Guest;
 use crate::qmp::Qmp;
 use crate::stage::Stage;
 use anyhow::{Context, Result, bail, ensure};
-use drover::api::types::{GangPhase, GangProgress, HandoverInfo};
+use drover::api::types::{GangPhase, GangProgress, HandoverInfo, VmInfo};
 use drover::gang::moments::{Moment, Party};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -124,6 +124,14 @@ impl Play {
     /// As [`Play::new`].
     pub fn private() -> Result<Play> {
         Self::with(|gang| gang.run_private(VM, &Guest::small_kvm(1)?, ENDS[0]))
+    }
+
+    /// As [`Play::new`]; in `kvmm`, as a VM of kind `kvm-log`.
+    ///
+    /// # Errors
+    /// As [`Play::new`].
+    pub fn linked(memory: Memory) -> Result<Play> {
+        Self::with(|gang| gang.run_linked(VM, &Guest::small_kvm(1)?, ENDS[0], memory))
     }
 
     fn with(start: impl FnOnce(&mut Gang) -> Result<()>) -> Result<Play> {
@@ -242,6 +250,17 @@ impl Play {
         })
     }
 
+    /// What an agent says of the VM.
+    ///
+    /// # Errors
+    /// When it does not have it.
+    pub fn listed(&self, agent: &str) -> Result<VmInfo> {
+        let list = self.agent(agent).run(&["vm", "list", "--json"])?;
+        let vms: Vec<VmInfo> = serde_json::from_slice(&list.stdout)?;
+        let vm = vms.into_iter().find(|vm| vm.name == VM);
+        vm.with_context(|| format!("{agent} has no {VM}"))
+    }
+
     /// How far the newest gang is that an agent drives.
     ///
     /// # Errors
@@ -294,10 +313,15 @@ impl Play {
             (vm.host, vm.at) = (host.to_owned(), at);
         }
         self.gang(|gang| gang.check())?;
-        let places = &self.vm.as_ref().context("the VM")?.at;
-        let mut qmp = Qmp::connect(Path::new(&places.qmp))?;
-        let state = qmp.execute("query-status", serde_json::json!({}))?;
-        ensure!(state["status"] == "running", "{VM} on {host} is {state}");
+        let vm = self.vm.as_ref().context("the VM")?;
+        let state = match vm.linked {
+            false => Qmp::connect(Path::new(&vm.at.qmp))?
+                .execute("query-status", serde_json::json!({}))?["status"]
+                .to_string(),
+            // Its one link is the agent's.
+            true => self.listed(host)?.status,
+        };
+        ensure!(state.contains("running"), "{VM} on {host} is {state}");
         for host in &self.stage.lab.hosts {
             let journal = host.run_dir.join("state/handover");
             let left: Vec<_> = fs::read_dir(journal)?.flatten().map(|e| e.path()).collect();

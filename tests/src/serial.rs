@@ -17,6 +17,11 @@ impl Serial {
         Serial { path: path.into() }
     }
 
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Everything said so far.
     ///
     /// # Errors

@@ -80,6 +80,32 @@ fn all_logs_report_just_the_pages_that_the_guest_wrote() -> Result<()> {
     Ok(())
 }
 
+/// Whether KVM stops the vCPU in time or emulates on past a full ring: what it
+/// lost is in a round all the same.
+#[test]
+fn a_ring_that_is_too_small_costs_a_round_of_all_ram_and_no_page() -> Result<()> {
+    let mut vm = Kvmm::start(&Setup {
+        ram_mib: 32,
+        ring: Some(512),
+        inside: Inside::Writer,
+    })?;
+    let link = vm.connect()?;
+    let mut source = KvmLogSource::start(link.clone())?;
+    let pages = source.pages();
+    let (first, count) = (FIRST_FREE_PAGE, pages - FIRST_FREE_PAGE);
+    for _ in 0..2 {
+        vm.write(first, count, 1)?;
+        let mut missing = every(pages, first, count, 1);
+        missing.subtract(&kvmm::round(&mut source)?);
+        ensure!(missing.is_empty(), "{} pages are lost", missing.len());
+    }
+    // The log is as good as new.
+    link.pause()?;
+    kvmm::round(&mut source)?;
+    ensure!(kvmm::round(&mut source)?.is_empty());
+    Ok(())
+}
+
 fn difference(a: &PageSet, b: &PageSet) -> Vec<Gfn> {
     let mut only = a.clone();
     only.subtract(b);

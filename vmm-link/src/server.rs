@@ -335,7 +335,7 @@ impl<V: Vmm> Service<V> {
     }
 
     fn start_log(&mut self) -> Result<Answer<'static>, Refused> {
-        self.must_be(Phase::Live)?;
+        self.lives_here()?;
         self.log.start().map_err(log_failed).map(done)
     }
 
@@ -366,7 +366,7 @@ impl<V: Vmm> Service<V> {
     }
 
     fn pause(&mut self) -> Result<Answer<'static>, Refused> {
-        self.must_be(Phase::Live)?;
+        self.lives_here()?;
         let was_running = self.vmm.pause().map_err(vmm_failed)?;
         Ok(Answer::Paused(was_running))
     }
@@ -385,7 +385,7 @@ impl<V: Vmm> Service<V> {
         &mut self,
         agent: &mut Connection,
     ) -> Result<Result<Answer<'static>, Refused>, ConnectionError> {
-        if let Err(refused) = self.must_be(Phase::Live) {
+        if let Err(refused) = self.lives_here() {
             return Ok(Err(refused));
         }
         if self.vmm.is_running() {
@@ -401,10 +401,16 @@ impl<V: Vmm> Service<V> {
         &mut self,
         agent: &mut Connection,
     ) -> Result<Result<Answer<'static>, Refused>, ConnectionError> {
-        let may = self.must_be(Phase::Waiting);
+        let may = self.waits();
         let mut state = StateReader::new(agent);
+        let begun = may.is_ok();
         let loaded = may.and_then(|()| self.vmm.load_state(&mut state).map_err(vmm_failed));
-        let left = state.finish()?;
+        let finished = state.finish();
+        if begun && finished.is_err() {
+            // An agent that went away in the middle of it.
+            self.spoilt = Some(HALF_LOADED);
+        }
+        let left = finished?;
         let loaded = match loaded {
             Ok(()) if left > 0 => Err(Refused(
                 Refusal::Vmm,
@@ -414,10 +420,7 @@ impl<V: Vmm> Service<V> {
         };
         match &loaded {
             Ok(()) => self.phase = Phase::Arrived,
-            // Some vCPU may have its registers, another not.
-            Err(Refused(Refusal::Vmm, _)) => {
-                self.spoilt = Some("loading its state failed half-way: end it");
-            }
+            Err(Refused(Refusal::Vmm, _)) => self.spoilt = Some(HALF_LOADED),
             Err(_) => {}
         }
         Ok(loaded.map(done))
@@ -427,18 +430,26 @@ impl<V: Vmm> Service<V> {
         self.spoilt.map_or(Ok(()), |why| Err(refused(why)))
     }
 
-    fn must_be(&self, phase: Phase) -> Result<(), Refused> {
+    /// One that has arrived may stand for good: it was paused where it came from.
+    fn lives_here(&self) -> Result<(), Refused> {
         self.whole()?;
-        if self.phase == phase {
-            return Ok(());
+        match self.phase {
+            Phase::Live | Phase::Arrived => Ok(()),
+            Phase::Waiting => Err(refused("it waits for a VM, and has none")),
         }
-        Err(refused(match self.phase {
-            Phase::Live => "a VM lives here already",
-            Phase::Waiting => "it waits for a VM, and has none",
-            Phase::Arrived => "its VM has arrived and was not resumed",
-        }))
+    }
+
+    fn waits(&self) -> Result<(), Refused> {
+        self.whole()?;
+        match self.phase {
+            Phase::Waiting => Ok(()),
+            Phase::Live | Phase::Arrived => Err(refused("a VM lives here already")),
+        }
     }
 }
+
+/// Some vCPU may have its registers, another not.
+const HALF_LOADED: &str = "loading its state failed half-way: end it";
 
 struct Refused(Refusal, String);
 

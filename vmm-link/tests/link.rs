@@ -202,6 +202,41 @@ fn a_vm_whose_state_did_not_load_never_runs() {
 }
 
 #[test]
+fn a_vm_that_arrived_and_stays_paused_can_leave_again() {
+    let vm = Vm::new(None, Role::Incoming);
+    let mut agent = vm.agent();
+    load(&mut agent, &state());
+    agent.hear(|answer| assert_eq!(answer, Answer::Done));
+    agent.done(&Request::StartLog);
+    agent.ask(&Request::Pause, |a| assert_eq!(a, Answer::Paused(false)));
+    let saved = agent.ask(&Request::SaveState, |answer| {
+        matches!(answer, Answer::Chunk(_))
+    });
+    assert!(saved);
+    drop(agent);
+    // Whoever comes next finds it as it was.
+    let status = vm.agent().status;
+    assert!(status.phase == Phase::Arrived && !status.running);
+}
+
+#[test]
+fn a_vm_whose_agent_died_while_its_state_was_loaded_never_runs() {
+    let vm = Vm::new(None, Role::Incoming);
+    let mut agent = vm.agent();
+    let begun = agent.connection.send(|out| {
+        Request::LoadState.encode(out);
+        Request::Chunk(&state()[..100]).encode(out);
+    });
+    begun.unwrap();
+    drop(agent);
+    let mut next = vm.agent();
+    assert!(next.refused(&Request::Resume).contains("half-way"));
+    load(&mut next, &state());
+    next.hear(|answer| assert!(matches!(answer, Answer::Refused { .. })));
+    next.done(&Request::End);
+}
+
+#[test]
 fn a_server_that_is_dropped_ends_whatever_it_waits_for() {
     let mut idle = Vm::new(None, Role::Run);
     drop(idle.server.take());

@@ -13,7 +13,7 @@ use crate::types::{GangId, VmIndex};
 use crate::vmm::PageSink;
 use crate::vmm::definition::{Definition, Kind, VmPaths};
 use crate::vmm::kinds::TargetVm;
-use crate::vmm::launch::{Vmm, has_leftover};
+use crate::vmm::launch::{Control, Vmm, has_leftover};
 use crate::vmm::managed;
 use crate::vmm::ram::parse_kib;
 use std::cell::{Cell, RefCell};
@@ -100,7 +100,7 @@ impl Arrival {
     ) -> Self {
         let kind = match &held {
             Held::Waiting(vm) => vm.kind(),
-            Held::Managed(_) => Kind::QemuManaged,
+            Held::Managed(vm) => vm.facts().kind(),
             Held::Kept(_) | Held::Nothing => definition.kind,
         };
         let arrival = Arrival {
@@ -152,9 +152,14 @@ impl Arrival {
             pages_scanned: 0,
             dirty_bytes_per_s: None,
             pid,
-            qmp: self.files.qmp(),
+            qmp: self.control(),
             domain: self.definition.domain.clone(),
         })
+    }
+
+    /// The socket by which its VMM is driven.
+    pub(super) fn control(&self) -> PathBuf {
+        self.files.control(self.definition.family)
     }
 
     pub(super) fn state(&self) -> Target {
@@ -219,6 +224,11 @@ impl Arrival {
     pub(super) fn filled_bytes(&self) -> u64 {
         if self.definition.has_ram_file() {
             return std::fs::metadata(&self.files.ram).map_or(0, |m| m.blocks() * 512);
+        }
+        if let Held::Waiting(vm) = &*self.vmm.borrow()
+            && let Control::Link(link) = &vm.vmm().control
+        {
+            return link.filled_bytes().unwrap_or(0);
         }
         let resident = match &*self.vmm.borrow() {
             Held::Waiting(vm) => vm.vmm().process.status("VmRSS").ok().flatten(),

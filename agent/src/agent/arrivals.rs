@@ -16,7 +16,7 @@ use crate::gang::target::TargetGang;
 use crate::net::Incoming;
 use crate::types::VmIndex;
 use crate::vmm::PageRead;
-use crate::vmm::definition::{Definition, Kind, VmPaths};
+use crate::vmm::definition::{Definition, Family, Kind, Role, VmPaths};
 use crate::vmm::kinds::{TargetVm, VmFacts};
 use crate::vmm::ram::{free_bytes, free_memory};
 use crate::vmm::relay::relay_after;
@@ -41,7 +41,7 @@ const ASK_AGAIN: Duration = Duration::from_secs(1);
 impl Agent {
     /// Whether a VM could be taken in. Touches nothing.
     pub(super) fn check_target(&self, name: &str, facts: &SourceFacts) -> Result<(), String> {
-        if let VmFacts::QemuManaged(managed) = &facts.vmm {
+        if let VmFacts::Managed(managed) = &facts.vmm {
             return self.check_managed(name, managed);
         }
         self.journal.check().map_err(|e| e.to_string())?;
@@ -64,9 +64,13 @@ impl Agent {
                 definition.name
             ));
         }
-        if !self.config.qemu_binaries.contains(&definition.binary) {
+        let (allowed, key) = match definition.family {
+            Family::Qemu => (&self.config.qemu_binaries, "qemu_binaries"),
+            Family::Linked => (&self.config.vmm_binaries, "vmm_binaries"),
+        };
+        if !allowed.contains(&definition.binary) {
             return Err(format!(
-                "VM {name} wants {}, which is not among `qemu_binaries` in {} of {}",
+                "VM {name} wants {}, which is not among `{key}` in {} of {}",
                 definition.binary.display(),
                 self.config.file.display(),
                 self.name()
@@ -74,7 +78,7 @@ impl Agent {
         }
         let files = VmPaths::new(&self.config.run_dir, &self.config.ram_dir, name);
         definition
-            .expand(&files, &self.config.placeholders)
+            .expand(&files, &self.config.placeholders, Role::Incoming)
             .map_err(|e| chain(&e))?;
         let ram_dir = &self.config.ram_dir;
         let (free, place) = match definition.has_ram_file() {
@@ -147,7 +151,7 @@ impl Agent {
             return Ok(());
         }
         let made = match &facts.vmm {
-            VmFacts::QemuManaged(managed) => self.make_managed(gang, side, index, managed).await,
+            VmFacts::Managed(managed) => self.make_managed(gang, side, index, managed).await,
             _ => self.make_own(gang, side, index, &facts).await,
         };
         let arrival = Rc::new(made?);
@@ -352,8 +356,8 @@ impl Agent {
             return self.play_managed(&arrival, &vm, incoming).await;
         }
         let begin = match arrival.kind {
-            Kind::QemuStream | Kind::QemuManaged => STREAM_BEGINS,
-            Kind::QemuDirect | Kind::Auto => RELAY_IDLE,
+            Kind::QemuStream | Kind::QemuManaged | Kind::CloudHypervisor => STREAM_BEGINS,
+            Kind::QemuDirect | Kind::KvmLog | Kind::Auto => RELAY_IDLE,
         };
         let outcome = match UnixStream::connect(&arrival.socket).await {
             Ok(vmm) => relay_after(begin, incoming.stream, vmm, RELAY_IDLE)

@@ -250,6 +250,7 @@ impl Agent {
         let scan = move || match pages {
             Pages::Direct(pages) => Scan::new(carrier, pages).run(),
             Pages::Stream(pages) => StreamScan::new(carrier, pages).run(),
+            Pages::KvmLog(pages) => Scan::new(carrier, pages).run(),
         };
         std::thread::Builder::new()
             .name(format!("scan-{name}"))

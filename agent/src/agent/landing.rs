@@ -185,8 +185,8 @@ impl Agent {
         if let Some(vmm) = arrival.kept() {
             return Ok(vmm);
         }
-        let adopted = Vmm::adopt(&arrival.name, &arrival.files.qmp(), None).await;
-        let vmm = adopted.map_err(|e| chain(&e))?;
+        let found = Vmm::find(&arrival.definition, &arrival.control()).await;
+        let vmm = found.map_err(|e| chain(&e))?;
         arrival.hold(Held::Kept(vmm.clone()));
         Ok(vmm)
     }

@@ -18,7 +18,7 @@ use crate::gang::target::TargetGang;
 use crate::net::Incoming;
 use crate::types::VmIndex;
 use crate::vmm::PageRead;
-use crate::vmm::definition::{Definition, Kind, VmPaths};
+use crate::vmm::definition::{Definition, Family, VmPaths};
 use crate::vmm::managed::{ManagedFacts, TargetVm};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -58,7 +58,7 @@ impl Agent {
         self.check_managed(&plan.name, facts)?;
         self.moments.reach(Moment::Preparing, &plan.name).await;
         let socket = socket_of(&self.config.transport_dir, &plan.name)?;
-        let waiting = TargetVm::prepare(&socket, facts, &self.config.qemu_binaries).await;
+        let waiting = TargetVm::prepare(&socket, facts, &self.config.vmms()).await;
         let waiting = waiting.map_err(|e| chain(&e))?;
         let exe = waiting.process().exe().map_err(|e| chain(&e))?;
         let key = Arc::new(FingerprintKey::derive(&self.secret, &facts.domain));
@@ -77,10 +77,12 @@ impl Agent {
         let definition = Definition {
             name: plan.name.clone(),
             domain: facts.domain.clone(),
-            kind: Kind::QemuManaged,
+            kind: facts.kind(),
+            family: Family::Qemu,
             ram_bytes: facts.ram_bytes,
             binary: exe,
             args: Vec::new(),
+            incoming_args: Vec::new(),
             text: String::new(),
         };
         let files = VmPaths::new(&self.config.run_dir, &self.config.ram_dir, &plan.name);

@@ -166,19 +166,22 @@ impl Offers {
     pub(super) fn vms(&self) -> Vec<VmInfo> {
         let offers = self.0.borrow();
         let info = |(name, offer): (&String, &Rc<Offer>)| {
-            let (ram_bytes, pid) = match &*offer.state.borrow() {
-                State::Connected(vm) => (vm.facts().ram_bytes, vm.process().pid() as u32),
-                _ => (0, 0),
+            let (ram_bytes, pid, kind) = match &*offer.state.borrow() {
+                State::Connected(vm) => {
+                    let pid = vm.process().pid() as u32;
+                    (vm.facts().ram_bytes, pid, vm.facts().kind())
+                }
+                _ => (0, 0, Kind::QemuManaged),
             };
             let told = offer.info(name);
             VmInfo {
                 name: name.clone(),
-                kind: Kind::QemuManaged.to_string(),
+                kind: kind.to_string(),
                 kinds: told
                     .error
                     .into_iter()
                     .map(|why| KindInfo {
-                        kind: Kind::QemuManaged.to_string(),
+                        kind: kind.to_string(),
                         why_not: Some(why),
                     })
                     .collect(),
@@ -217,7 +220,7 @@ impl Agent {
         let data_bytes =
             data_bytes(&**source.ram()).map_err(|e| format!("RAM of VM {name}: {e}"))?;
         Ok(Some(SourceFacts {
-            vmm: VmFacts::QemuManaged(source.facts().clone()),
+            vmm: VmFacts::Managed(source.facts().clone()),
             unfit: Vec::new(),
             data_bytes,
             definition: String::new(),
@@ -303,8 +306,7 @@ impl Agent {
         let Ok(connection) = socket.accept(ANY_TIME).await else {
             return enter(State::Refused(format!("VM {name}: its socket has failed")));
         };
-        let binaries = &self.config.qemu_binaries;
-        match SourceVm::open(name, domain, connection, binaries).await {
+        match SourceVm::open(name, domain, connection, &self.config.vmms()).await {
             Ok(vm) => {
                 tracing::info!(vm = %name, pid = vm.process().pid(), "its manager has brought it");
                 enter(State::Connected(Arc::new(vm)));

@@ -10,10 +10,11 @@ use crate::gang::handover::chain;
 use crate::gang::handover::leaving::{Leaving, Watcher};
 use crate::gang::handover::machine::{Copy, RunsOn, Source, Target, TargetEvent};
 use crate::gang::journal::{Record, Side, Step};
-use crate::vmm::definition::{Definition, VmPaths};
+use crate::vmm::definition::{Definition, Family, VmPaths};
 use crate::vmm::launch::{Vmm, end_leftovers, has_leftover, remove_files};
 use crate::vmm::qmp::RunState;
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -56,7 +57,14 @@ impl Agent {
     async fn recover_landing(self: &Rc<Self>, record: &Record, leaves: bool) {
         let name = &record.vm;
         let files = VmPaths::new(&self.config.run_dir, &self.config.ram_dir, name);
-        let (held, found) = find_vmm(name, &files).await;
+        let definition = Definition::load(&files.definition());
+        let family = definition.as_ref().map_or(Family::Qemu, |d| d.family);
+        let control = files.control(family);
+        let (held, found) = match &definition {
+            Ok(definition) => find_vmm(definition, &files, &control).await,
+            // It is written before a VMM is started.
+            Err(_) => unreached(&files, &control),
+        };
         let why = format!(
             "found by a restarted agent: its journal says {}, its VMM {}",
             words(record.step),
@@ -70,7 +78,7 @@ impl Agent {
         tracing::warn!(vm = %name, from = %record.peer, %why, "landing taken up again");
         let state = Target::restarted(record.step, found);
         let care = Care::new(record.gang, name, Side::Target, &record.peer, &why);
-        let definition = match Definition::load(&files.definition()) {
+        let definition = match definition {
             Ok(definition) => definition,
             Err(_) if matches!(state, Target::Discarding) => {
                 return self.remove_beginning(record, files, care).await;
@@ -199,17 +207,9 @@ impl Agent {
 }
 
 /// The VMM of a landing VM, and what it does.
-async fn find_vmm(name: &str, files: &VmPaths) -> (Held, Copy) {
-    // One that hangs may have all of its state: nothing that follows from
-    // Stopped harms one that has not.
-    let hangs = (Held::Nothing, Copy::Stopped);
-    let Ok(vmm) = Vmm::adopt(name, &files.qmp(), None).await else {
-        return match has_leftover(files) {
-            // A monitor comes before anything that could be lost.
-            true if !files.qmp().exists() => (Held::Nothing, Copy::Incoming),
-            true => hangs,
-            false => (Held::Nothing, Copy::None),
-        };
+async fn find_vmm(definition: &Definition, files: &VmPaths, control: &Path) -> (Held, Copy) {
+    let Ok(vmm) = Vmm::find(definition, control).await else {
+        return unreached(files, control);
     };
     let copy = match vmm.status().await {
         Ok(RunState::Inmigrate) => Copy::Incoming,
@@ -217,6 +217,19 @@ async fn find_vmm(name: &str, files: &VmPaths) -> (Held, Copy) {
         _ => Copy::Stopped,
     };
     (Held::Kept(vmm), copy)
+}
+
+/// What there is of a VMM that does not answer.
+fn unreached(files: &VmPaths, control: &Path) -> (Held, Copy) {
+    let copy = match has_leftover(files) {
+        // A monitor comes before anything that could be lost.
+        true if !control.exists() => Copy::Incoming,
+        // One that hangs may have all of its state: nothing that follows from
+        // Stopped harms one that has not.
+        true => Copy::Stopped,
+        false => Copy::None,
+    };
+    (Held::Nothing, copy)
 }
 
 fn words(step: Step) -> &'static str {

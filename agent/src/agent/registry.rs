@@ -5,7 +5,7 @@ use crate::api::{ApiError, ErrorKind};
 use crate::config::AgentConfig;
 use crate::gang::handover::chain;
 use crate::types::GangId;
-use crate::vmm::definition::{Definition, VmPaths};
+use crate::vmm::definition::{Definition, Family, VmPaths};
 use crate::vmm::kinds::Survey;
 use crate::vmm::launch::{Launched, Role, Vmm, remove_files};
 use crate::vmm::qmp::RunState;
@@ -126,12 +126,12 @@ impl Registry {
     ) -> Result<Vm, ApiError> {
         let definition = self.definition(config, name)?;
         self.refuse_twice(&definition.name)?;
-        let vmm = Vmm::adopt(&definition.name, qmp, None).await.map_err(|e| {
-            ApiError::new(
-                ErrorKind::Failed,
-                chain(&e),
-                "give the QMP socket of a running QEMU that no other client holds",
-            )
+        let vmm = Vmm::find(&definition, qmp).await.map_err(|e| {
+            let remedy = match definition.family {
+                Family::Qemu => "give the QMP socket of a running QEMU that no other client holds",
+                Family::Linked => "give the socket that its running VMM serves with drover-vmm",
+            };
+            ApiError::new(ErrorKind::Failed, chain(&e), remedy)
         })?;
         if let Err(error) = self.adopted.remember(name, qmp) {
             return Err(ApiError::new(
@@ -240,7 +240,7 @@ impl Registry {
             let Ok(definition) = Definition::load(&files.definition()) else {
                 continue;
             };
-            match Vmm::adopt(&name, &files.qmp(), None).await {
+            match Vmm::find(&definition, &files.control(definition.family)).await {
                 Ok(vmm) if matches!(vmm.status().await, Ok(RunState::Inmigrate)) => {
                     match vmm.end().await {
                         Ok(()) => {

@@ -32,7 +32,8 @@ pub struct RunVm {
 pub struct AdoptVm {
     /// Name of the definition it was started from.
     pub name: String,
-    /// Its QMP socket. No other client may hold it.
+    /// Its QMP socket, or the one that its VMM serves with `drover-vmm`. No other
+    /// client may hold it.
     pub qmp: PathBuf,
 }
 
@@ -41,8 +42,8 @@ pub struct AdoptVm {
 pub struct VmInfo {
     /// Its name.
     pub name: String,
-    /// How it is moved: `qemu-direct`, `qemu-stream`, or `qemu-managed` if its
-    /// manager drives it; `none` if it cannot be moved.
+    /// How it is moved: `qemu-direct`, `qemu-stream`, `kvm-log`, or `qemu-managed`
+    /// if its manager drives it; `none` if it cannot be moved.
     pub kind: String,
     /// All kinds, the possible ones first, the best of them first; empty while
     /// it moves.
@@ -60,7 +61,8 @@ pub struct VmInfo {
     pub dirty_bytes_per_s: Option<u64>,
     /// Process id of the VMM.
     pub pid: u32,
-    /// Its QMP socket; of a `qemu-managed` one that of its migration.
+    /// The socket by which it is driven: QMP, the link, or of a `qemu-managed` one
+    /// that of its migration.
     pub qmp: PathBuf,
     /// Dedup domain.
     pub domain: String,

@@ -119,8 +119,8 @@ pub enum VmCommand {
     Adopt {
         /// Name of the definition it was started from.
         name: String,
-        /// Its QMP socket.
-        #[arg(long, value_name = "PATH")]
+        /// Its QMP socket; or the one that its VMM serves with drover-vmm.
+        #[arg(long, visible_alias = "link", value_name = "PATH")]
         qmp: PathBuf,
     },
     /// List the VMs in the agent's charge.

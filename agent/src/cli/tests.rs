@@ -47,6 +47,7 @@ fn the_command_lines_of_the_documents_are_understood() {
         "drover agent --config agent.toml",
         "drover vm run web1",
         "drover vm adopt web1 --qmp /run/q.sock",
+        "drover vm adopt k1 --link /run/k.sock",
         "drover vm list --json",
         "drover vm stop web1 --socket /tmp/s",
         "drover --socket /tmp/s status --json",

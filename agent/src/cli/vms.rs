@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 pub(super) async fn run(socket: &Path, name: String) -> Result<ExitCode, CliError> {
     let vm = ApiClient::new(socket).run_vm(&RunVm { name }).await?;
     println!(
-        "{} runs (pid {}, QMP {})",
+        "{} runs (pid {}, driven by {})",
         vm.name,
         vm.pid,
         vm.qmp.display()

@@ -56,6 +56,8 @@ pub struct AgentConfig {
     pub vm_definitions: PathBuf,
     /// QEMU binaries a definition that comes from a peer may name.
     pub qemu_binaries: Vec<PathBuf>,
+    /// The same for VMMs that embed `drover-vmm`: `[vmm]` in definitions.
+    pub vmm_binaries: Vec<PathBuf>,
     /// Values for `{name}` placeholders in VM definitions on this host.
     pub placeholders: BTreeMap<String, String>,
     /// Cap of the memory that holds page data in flight, bytes.
@@ -131,6 +133,11 @@ pub enum Checks {
 }
 
 impl AgentConfig {
+    /// All programs that a VMM may be.
+    pub fn vmms(&self) -> Vec<PathBuf> {
+        [&*self.qemu_binaries, &*self.vmm_binaries].concat()
+    }
+
     /// Reads and checks `file`. On failure every problem is in the error.
     pub fn load(file: &Path, checks: Checks) -> Result<Self, Problems> {
         let text = std::fs::read_to_string(file).map_err(|error| {
@@ -187,6 +194,7 @@ pub(super) struct Draft {
     pub(super) policy: Option<PathBuf>,
     pub(super) vm_definitions: Option<PathBuf>,
     pub(super) qemu_binaries: Option<Vec<PathBuf>>,
+    pub(super) vmm_binaries: Option<Vec<PathBuf>>,
     pub(super) placeholders: BTreeMap<String, String>,
     pub(super) data_memory: Option<ByteSize>,
     pub(super) fencing: Option<FencingConfig>,
@@ -232,6 +240,7 @@ fn read(file: &Path, root: &Section<'_, '_>) -> Draft {
         policy: path("policy", "add policy = \"policy.toml\""),
         vm_definitions: path("vm_definitions", "add vm_definitions = \"vms\""),
         qemu_binaries: Some(root.or("qemu_binaries", Vec::new())),
+        vmm_binaries: Some(root.or("vmm_binaries", Vec::new())),
         placeholders: check::placeholders(root),
         data_memory: Some(root.or("data_memory", ByteSize(64 << 20))),
         fencing: check::fencing(root),
@@ -264,6 +273,7 @@ impl Draft {
             policy: self.policy?,
             vm_definitions: self.vm_definitions?,
             qemu_binaries: self.qemu_binaries?,
+            vmm_binaries: self.vmm_binaries?,
             placeholders: self.placeholders,
             data_memory: self.data_memory?.0,
             fencing: self.fencing,

@@ -90,6 +90,7 @@ fn every_mistake_names_its_line_key_and_remedy() {
         ("10.1.0.0/16", "10.1.0.0/40", 10, "rack_prefixes[1]", "at most 32 bits", "10.1.0.0/16"),
         ("10.1.0.0/16", "10.1.0.7/16", 10, "rack_prefixes[1]", "the network is 10.1.0.0/16", "network"),
         ("[\"10.1.0.0/16\"]", "[\"10.1.0.0/16\", \"10.1.0.0/16\"]", 10, "rack_prefixes[2]", "twice", "remove"),
+        ("data_memory", "vmm_binaries = [\"kvmm\"]\ndata_memory", 14, "vmm_binaries[1]", "not an absolute path", "/usr/bin"),
         ("\"/usr/bin/qemu", "\"bin/qemu", 13, "qemu_binaries[1]", "not an absolute path", "/usr/bin"),
         ("64 MiB", "64 KiB", 14, "data_memory", "between", "256 MiB"),
         ("64 MiB", "much", 14, "data_memory", "not a size", "256 MiB"),

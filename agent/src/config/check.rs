@@ -53,16 +53,28 @@ pub(super) fn file(root: &Section<'_, '_>, draft: &Draft) {
     uplinks(root, draft);
     own_entry(root, draft);
     racks_and_prefixes(root, draft);
-    for (i, binary) in draft.qemu_binaries.iter().flatten().enumerate() {
+    for (key, i, binary) in binaries(draft) {
         if !binary.is_absolute() {
             root.complain_item(
-                "qemu_binaries",
+                key,
                 i,
                 format!("{} is not an absolute path", binary.display()),
                 "write the whole path, like \"/usr/bin/qemu-system-x86_64\"",
             );
         }
     }
+}
+
+/// What definitions from peers may start: key, place in it, program.
+fn binaries(draft: &Draft) -> impl Iterator<Item = (&'static str, usize, &PathBuf)> {
+    let keys = [
+        ("qemu_binaries", &draft.qemu_binaries),
+        ("vmm_binaries", &draft.vmm_binaries),
+    ];
+    keys.into_iter().flat_map(|(key, list)| {
+        let list = list.iter().flatten().enumerate();
+        list.map(move |(i, binary)| (key, i, binary))
+    })
 }
 
 /// The keys of agent.toml that name groups, and what they name.
@@ -462,14 +474,14 @@ pub(super) fn host(root: &Section<'_, '_>, draft: &Draft) {
             );
         }
     }
-    for (i, binary) in draft.qemu_binaries.iter().flatten().enumerate() {
+    for (key, i, binary) in binaries(draft) {
         let executable = nix::unistd::access(binary, nix::unistd::AccessFlags::X_OK).is_ok();
         if !executable || !binary.is_file() {
             root.complain_item(
-                "qemu_binaries",
+                key,
                 i,
                 format!("{} cannot be run", binary.display()),
-                "install QEMU (qemu-system-x86), or correct the path",
+                "install it (QEMU: qemu-system-x86), or correct the path",
             );
         }
     }

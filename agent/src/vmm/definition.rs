@@ -17,7 +17,10 @@
 //! assert_eq!(vm.ram_bytes, 2 << 30);
 //! ```
 
+mod program;
+
 use super::ram::check_len;
+use program::{Program, RawLinked, RawQemu};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -39,14 +42,19 @@ pub enum Kind {
     QemuDirect,
     /// QEMU whose RAM is its own: its migration stream tells what to send.
     QemuStream,
+    /// A VMM that embeds `drover-vmm` and answers KVM's own dirty log.
+    KvmLog,
     /// QEMU whose manager (libvirt) drives its migration. No definition names it.
     #[serde(skip_deserializing)]
     QemuManaged,
+    /// Cloud Hypervisor, whose `send-migration` somebody starts. As before.
+    #[serde(skip_deserializing)]
+    CloudHypervisor,
 }
 
 impl Kind {
     /// All that can be chosen, the best first.
-    pub const BEST_FIRST: [Kind; 2] = [Kind::QemuDirect, Kind::QemuStream];
+    pub const BEST_FIRST: [Kind; 3] = [Kind::QemuDirect, Kind::KvmLog, Kind::QemuStream];
 
     /// The kinds that this wish leaves open, the best first.
     pub fn candidates(self) -> Vec<Kind> {
@@ -63,9 +71,29 @@ impl fmt::Display for Kind {
             Kind::Auto => "auto",
             Kind::QemuDirect => "qemu-direct",
             Kind::QemuStream => "qemu-stream",
+            Kind::KvmLog => "kvm-log",
             Kind::QemuManaged => "qemu-managed",
+            Kind::CloudHypervisor => "cloud-hypervisor",
         })
     }
+}
+
+/// What VMM a definition starts, and so how that is started and driven.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// `[qemu]`: QEMU, which daemonizes itself and has a monitor.
+    Qemu,
+    /// `[vmm]`: another one, which embeds `drover-vmm` and listens at `{link}`.
+    Linked,
+}
+
+/// What a VMM is started for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// To run the guest from its start.
+    Run,
+    /// To wait, stopped, for a VM from elsewhere.
+    Incoming,
 }
 
 /// A valid definition.
@@ -79,10 +107,15 @@ pub struct Definition {
     pub kind: Kind,
     /// Bytes of guest RAM.
     pub ram_bytes: u64,
-    /// QEMU's binary.
+    /// What is started.
+    pub family: Family,
+    /// The VMM's binary.
     pub binary: PathBuf,
     /// Its arguments, placeholders not yet filled in.
     pub args: Vec<String>,
+    /// Those that follow them where it is to wait for the VM. None of QEMU's: the
+    /// agent knows them.
+    pub incoming_args: Vec<String>,
     /// The text it was read from, for sending it to the target.
     pub text: String,
 }
@@ -133,19 +166,14 @@ struct RawDefinition {
     #[serde(default)]
     kind: Kind,
     ram: Spanned<String>,
-    qemu: RawQemu,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawQemu {
-    binary: Spanned<PathBuf>,
-    args: Vec<Spanned<String>>,
+    qemu: Option<RawQemu>,
+    vmm: Option<RawLinked>,
 }
 
 /// Placeholders that the agent fills in; the rest come from its configuration.
-pub const OWN_PLACEHOLDERS: [&str; 7] =
-    ["name", "ram", "ram_size", "dir", "qmp", "pidfile", "serial"];
+pub const OWN_PLACEHOLDERS: [&str; 8] = [
+    "name", "ram", "ram_size", "dir", "qmp", "link", "pidfile", "serial",
+];
 
 /// Paths of one VM on this host, from which the agent's placeholders are filled in.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -165,9 +193,20 @@ impl VmPaths {
             ram: ram_dir.join(format!("{name}.ram")),
         }
     }
-    /// `{qmp}`: the socket by which the agent drives the VMM.
+    /// `{qmp}`: the socket by which the agent drives QEMU.
     pub fn qmp(&self) -> PathBuf {
         self.dir.join("qmp.sock")
+    }
+    /// `{link}`: the one by which it drives a VMM that embeds `drover-vmm`.
+    pub fn link(&self) -> PathBuf {
+        self.dir.join("link.sock")
+    }
+    /// Whichever of them a VMM of this family has.
+    pub fn control(&self, family: Family) -> PathBuf {
+        match family {
+            Family::Qemu => self.qmp(),
+            Family::Linked => self.link(),
+        }
     }
     /// `{pidfile}`.
     pub fn pidfile(&self) -> PathBuf {
@@ -177,9 +216,12 @@ impl VmPaths {
     pub fn serial(&self) -> PathBuf {
         self.dir.join("serial.log")
     }
-    /// What QEMU says.
-    pub fn log(&self) -> PathBuf {
-        self.dir.join("qemu.log")
+    /// What the VMM says.
+    pub fn log(&self, family: Family) -> PathBuf {
+        self.dir.join(match family {
+            Family::Qemu => "qemu.log",
+            Family::Linked => "vmm.log",
+        })
     }
     /// The definition, kept beside the VM for restarted agents.
     pub fn definition(&self) -> PathBuf {
@@ -217,40 +259,39 @@ impl Definition {
         let ram_bytes =
             parse_size(raw.ram.get_ref()).map_err(|what| fail(ram_at, format!("ram: {what}")))?;
         check_len(ram_bytes).map_err(|e| fail(ram_at, format!("ram: {e}")))?;
-        if !raw.qemu.binary.get_ref().is_absolute() {
-            let what = "qemu.binary: must be an absolute path, e.g. /usr/bin/qemu-system-x86_64";
-            return Err(fail(raw.qemu.binary.span().start, what.into()));
-        }
-        let (mut uses_ram, mut has_file) = (false, false);
-        for arg in &raw.qemu.args {
-            let at = arg.span().start;
-            check_arg(arg.get_ref()).map_err(|what| fail(at, format!("qemu.args: {what}")))?;
-            uses_ram |= uses_ram_file(arg.get_ref());
-            has_file |= arg.get_ref().contains("mem-path=");
-        }
-        // RAM that is not in a file is the VMM's own; a file in any other place
-        // would be nobody's.
-        if !uses_ram && (has_file || raw.kind == Kind::QemuDirect) {
-            let what = "qemu.args: no argument uses {ram}; give the VM RAM the agent can share: -object memory-backend-file,id=ram,size={ram_size},mem-path={ram},share=on -machine …,memory-backend=ram";
-            return Err(fail(raw.qemu.binary.span().start, what.into()));
-        }
+        let program = match (raw.qemu, raw.vmm) {
+            (Some(qemu), None) => Program::qemu(qemu, raw.kind),
+            (None, Some(vmm)) => Program::linked(vmm, raw.kind),
+            (Some(_), Some(vmm)) => {
+                let what = "vmm: the VM has a [qemu] already; leave out one of the two";
+                Err((vmm.binary.span().start, what.to_owned()))
+            }
+            (None, None) => {
+                let what = "neither [qemu] nor [vmm] says what to start; see configs/vms/";
+                Err((0, what.to_owned()))
+            }
+        };
+        let program = program.map_err(|(at, what)| fail(at, what))?;
         Ok(Definition {
             name: raw.name.into_inner(),
             domain: raw.domain.into_inner(),
             kind: raw.kind,
             ram_bytes,
-            binary: raw.qemu.binary.into_inner(),
-            args: raw.qemu.args.into_iter().map(Spanned::into_inner).collect(),
+            family: program.family,
+            binary: program.binary,
+            args: program.args,
+            incoming_args: program.incoming_args,
             text: text.to_owned(),
         })
     }
 
-    /// The arguments with all placeholders filled in for this host; what
+    /// The arguments for `role` with all placeholders filled in for this host; what
     /// `host` (the agent's `[placeholders]`) says cannot replace the agent's own.
     pub fn expand(
         &self,
         paths: &VmPaths,
         host: &BTreeMap<String, String>,
+        role: Role,
     ) -> Result<Vec<String>, DefinitionError> {
         let path = |p: PathBuf| p.display().to_string();
         let mut values = host.clone();
@@ -260,13 +301,13 @@ impl Definition {
             format!("{}K", self.ram_bytes / 1024),
             path(paths.dir.clone()),
             path(paths.qmp()),
+            path(paths.link()),
             path(paths.pidfile()),
             path(paths.serial()),
         ]) {
             values.insert((*name).to_owned(), value);
         }
-        self.args
-            .iter()
+        self.args_for(role)
             .map(|arg| {
                 let mut out = String::with_capacity(arg.len());
                 let mut at = 0;
@@ -289,23 +330,30 @@ impl Definition {
             .collect()
     }
 
+    fn args_for(&self, role: Role) -> impl Iterator<Item = &String> {
+        let more: &[String] = match role {
+            Role::Run => &[],
+            Role::Incoming => &self.incoming_args,
+        };
+        self.args.iter().chain(more)
+    }
+
     /// Whether guest RAM is in a file that the agent makes.
     pub fn has_ram_file(&self) -> bool {
-        self.args.iter().any(|arg| uses_ram_file(arg))
+        self.args.iter().any(|arg| uses(arg, "ram"))
     }
 
     /// The placeholders a host must know to run this VM.
     pub fn host_placeholders(&self) -> BTreeSet<&str> {
-        self.args
-            .iter()
+        self.args_for(Role::Incoming)
             .flat_map(|arg| placeholders(arg).map(|(_, name)| name))
             .filter(|name| !OWN_PLACEHOLDERS.contains(name))
             .collect()
     }
 }
 
-fn uses_ram_file(arg: &str) -> bool {
-    placeholders(arg).any(|(_, name)| name == "ram")
+fn uses(arg: &str, placeholder: &str) -> bool {
+    placeholders(arg).any(|(_, name)| name == placeholder)
 }
 
 /// Byte offset and name of each `{name}` in an argument. Braces around
@@ -320,27 +368,6 @@ fn placeholders(arg: &str) -> impl Iterator<Item = (usize, &str)> {
                 .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
         valid.then_some((at, name))
     })
-}
-
-/// Refuses arguments that are the agent's business.
-fn check_arg(arg: &str) -> Result<(), String> {
-    let name = arg
-        .strip_prefix("--")
-        .or(arg.strip_prefix('-'))
-        .unwrap_or("");
-    match name {
-        "S" | "incoming" | "daemonize" | "pidfile" | "D" | "loadvm" => Err(format!(
-            "leave out `{arg}`: the agent decides how and when the VM starts"
-        )),
-        "mem-path" => {
-            Err("`-mem-path` cannot be shared: use -object memory-backend-file,…,share=on".into())
-        }
-        "runas" | "chroot" | "run-with" => {
-            Err(format!("`{arg}` is not supported yet: leave it out"))
-        }
-        _ if arg.contains('\0') => Err("an argument holds a zero byte".into()),
-        _ => Ok(()),
-    }
 }
 
 /// Names are part of file names and of other hosts' messages. No more is

@@ -20,7 +20,8 @@
 
 use super::definition::{Definition, Kind, VmPaths};
 use super::direct::{self, DirectError};
-use super::launch::Vmm;
+use super::kvm_log::{self, KvmLogSource, KvmLogVmError, LinkedFacts};
+use super::launch::{Control, Vmm};
 use super::managed::{self, ManagedError, ManagedFacts};
 use super::preflight::QemuFacts;
 use super::source::{DirectSource, PageRead, PageSink};
@@ -42,8 +43,10 @@ pub enum VmFacts {
     QemuDirect(QemuFacts),
     /// QEMU whose RAM is its own.
     QemuStream(QemuFacts),
-    /// QEMU whose manager drives its migration.
-    QemuManaged(ManagedFacts),
+    /// A VMM that answers KVM's dirty log.
+    KvmLog(LinkedFacts),
+    /// A VMM whose manager drives its migration.
+    Managed(ManagedFacts),
 }
 
 impl VmFacts {
@@ -52,7 +55,8 @@ impl VmFacts {
         match self {
             VmFacts::QemuDirect(_) => Kind::QemuDirect,
             VmFacts::QemuStream(_) => Kind::QemuStream,
-            VmFacts::QemuManaged(_) => Kind::QemuManaged,
+            VmFacts::KvmLog(_) => Kind::KvmLog,
+            VmFacts::Managed(facts) => facts.kind(),
         }
     }
 
@@ -60,7 +64,8 @@ impl VmFacts {
     pub fn ram_bytes(&self) -> u64 {
         match self {
             VmFacts::QemuDirect(facts) | VmFacts::QemuStream(facts) => facts.ram_bytes,
-            VmFacts::QemuManaged(facts) => facts.ram_bytes,
+            VmFacts::KvmLog(facts) => facts.ram_bytes,
+            VmFacts::Managed(facts) => facts.ram_bytes,
         }
     }
 }
@@ -74,6 +79,9 @@ pub enum KindError {
     /// In stream mode.
     #[error(transparent)]
     Stream(#[from] Box<StreamVmError>),
+    /// By KVM's log.
+    #[error(transparent)]
+    KvmLog(#[from] Box<KvmLogVmError>),
     /// Moved by its manager.
     #[error(transparent)]
     Managed(#[from] Box<ManagedError>),
@@ -104,6 +112,14 @@ fn told(unfit: &[Unfit]) -> String {
     each.collect::<Vec<_>>().join("; ")
 }
 
+/// Whether a VM that is driven so can be of this kind.
+fn fits(kind: Kind, control: &Control) -> bool {
+    match control {
+        Control::Qmp(_) => matches!(kind, Kind::QemuDirect | Kind::QemuStream),
+        Control::Link(_) => kind == Kind::KvmLog,
+    }
+}
+
 /// The kinds of moving that a VM allows.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Survey {
@@ -121,6 +137,13 @@ impl Survey {
     pub async fn of(vmm: &Vmm, wanted: Kind) -> Survey {
         let mut survey = Survey::default();
         for kind in Kind::BEST_FIRST {
+            if !fits(kind, &vmm.control) {
+                survey.unfit.push(Unfit {
+                    kind,
+                    why: format!("its VMM is driven by {}", vmm.control.name()),
+                });
+                continue;
+            }
             match SourceVm::of_kind(vmm.clone(), kind).await {
                 Ok(_) => survey.possible.push(kind),
                 Err(error) => survey.unfit.push(Unfit {
@@ -143,6 +166,8 @@ pub enum Pages {
     Direct(DirectSource),
     /// QEMU's stream reports, once it is begun.
     Stream(StreamPages),
+    /// The VMM is asked for KVM's dirty log, round by round.
+    KvmLog(KvmLogSource),
 }
 
 /// A VM on the host it is moved from.
@@ -152,7 +177,9 @@ pub enum SourceVm {
     Direct(direct::SourceVm),
     /// QEMU whose RAM is its own.
     Stream(Box<stream::SourceVm>),
-    /// QEMU whose manager drives its migration.
+    /// A VMM that answers KVM's dirty log.
+    KvmLog(kvm_log::SourceVm),
+    /// A VMM whose manager drives its migration.
     Managed(Arc<managed::SourceVm>),
 }
 
@@ -169,7 +196,8 @@ impl SourceVm {
             return Ok((Self::of_kind(vmm, wanted).await?, Vec::new()));
         }
         let mut unfit = Vec::new();
-        for kind in Kind::BEST_FIRST {
+        let kinds = Kind::BEST_FIRST.into_iter();
+        for kind in kinds.filter(|kind| fits(*kind, &vmm.control)) {
             match Self::of_kind(vmm.clone(), kind).await {
                 Ok(vm) => return Ok((vm, unfit)),
                 Err(error) => unfit.push(Unfit {
@@ -188,11 +216,17 @@ impl SourceVm {
                 let vm = stream::SourceVm::open(vmm).await.map_err(boxed)?;
                 Ok(SourceVm::Stream(Box::new(vm)))
             }
-            Kind::QemuManaged => Err(KindError::Managers {
+            Kind::KvmLog => Self::by_log(vmm).await,
+            Kind::QemuManaged | Kind::CloudHypervisor => Err(KindError::Managers {
                 vm: vmm.name.clone(),
             }),
             Kind::Auto => Box::pin(Self::open(vmm, kind)).await,
         }
+    }
+
+    async fn by_log(vmm: Vmm) -> Result<SourceVm, KindError> {
+        let opened = kvm_log::SourceVm::open(vmm).await;
+        Ok(SourceVm::KvmLog(opened.map_err(log_boxed)?))
     }
 
     /// What the target has to know.
@@ -200,7 +234,8 @@ impl SourceVm {
         match self {
             SourceVm::Direct(vm) => VmFacts::QemuDirect(vm.facts().clone()),
             SourceVm::Stream(vm) => VmFacts::QemuStream(vm.facts().clone()),
-            SourceVm::Managed(vm) => VmFacts::QemuManaged(vm.facts().clone()),
+            SourceVm::KvmLog(vm) => VmFacts::KvmLog(vm.facts().clone()),
+            SourceVm::Managed(vm) => VmFacts::Managed(vm.facts().clone()),
         }
     }
 
@@ -209,6 +244,7 @@ impl SourceVm {
         match self {
             SourceVm::Direct(vm) => vm.ram().clone(),
             SourceVm::Stream(vm) => vm.ram().clone(),
+            SourceVm::KvmLog(vm) => vm.ram().clone(),
             SourceVm::Managed(vm) => vm.ram().clone(),
         }
     }
@@ -219,6 +255,7 @@ impl SourceVm {
         match self {
             SourceVm::Direct(vm) => Ok(vm.is_running().await?),
             SourceVm::Stream(vm) => Ok(vm.is_running().await.map_err(boxed)?),
+            SourceVm::KvmLog(vm) => Ok(vm.is_running().await.map_err(log_boxed)?),
             SourceVm::Managed(_) => Ok(true),
         }
     }
@@ -234,6 +271,10 @@ impl SourceVm {
                 Ok(Pages::Direct(DirectSource::new(vm.ram().clone(), log)))
             }
             SourceVm::Stream(vm) => Ok(Pages::Stream(vm.pages())),
+            SourceVm::KvmLog(vm) => {
+                let pages = vm.start_log().await.map_err(log_boxed)?;
+                Ok(Pages::KvmLog(pages))
+            }
             SourceVm::Managed(vm) => Ok(Pages::Stream(vm.pages())),
         }
     }
@@ -242,7 +283,7 @@ impl SourceVm {
     /// itself: then everybody has to be ready for that before.
     pub fn stops_by_itself(&self) -> bool {
         match self {
-            SourceVm::Direct(_) => false,
+            SourceVm::Direct(_) | SourceVm::KvmLog(_) => false,
             SourceVm::Stream(_) | SourceVm::Managed(_) => true,
         }
     }
@@ -252,6 +293,7 @@ impl SourceVm {
         match self {
             SourceVm::Direct(vm) => Ok(vm.prepare_state_out().await?),
             SourceVm::Stream(vm) => Ok(vm.begin(socket).await.map_err(boxed)?),
+            SourceVm::KvmLog(_) => Ok(()),
             SourceVm::Managed(vm) => Ok(vm.begin().map_err(managed)?),
         }
     }
@@ -263,6 +305,7 @@ impl SourceVm {
         match self {
             SourceVm::Direct(vm) => Ok(vm.pause().await?),
             SourceVm::Stream(vm) => Ok(vm.pause().await.map_err(boxed)?),
+            SourceVm::KvmLog(vm) => Ok(vm.pause().await.map_err(log_boxed)?),
             SourceVm::Managed(vm) => Ok(vm.stopped().await.map(|()| true).map_err(managed)?),
         }
     }
@@ -270,7 +313,7 @@ impl SourceVm {
     /// The guest stands still, and everybody knows: the last pages may follow.
     pub async fn report_rest(&self) -> Result<(), KindError> {
         match self {
-            SourceVm::Direct(_) | SourceVm::Managed(_) => Ok(()),
+            SourceVm::Direct(_) | SourceVm::Managed(_) | SourceVm::KvmLog(_) => Ok(()),
             SourceVm::Stream(vm) => Ok(vm.report_rest().await.map_err(boxed)?),
         }
     }
@@ -278,7 +321,7 @@ impl SourceVm {
     /// Since when the guest has stood still, if its VMM has stopped it by itself.
     pub fn stopped_at(&self) -> Option<Instant> {
         match self {
-            SourceVm::Direct(_) => None,
+            SourceVm::Direct(_) | SourceVm::KvmLog(_) => None,
             SourceVm::Stream(vm) => vm.stopped_at(),
             SourceVm::Managed(vm) => vm.stopped_at(),
         }
@@ -299,6 +342,7 @@ impl SourceVm {
         match self {
             SourceVm::Direct(vm) => Ok(vm.state_out(socket, target, limit).await?),
             SourceVm::Stream(vm) => Ok(vm.state_out(target, limit).await.map_err(boxed)?),
+            SourceVm::KvmLog(vm) => Ok(vm.state_out(target, limit).await.map_err(log_boxed)?),
             SourceVm::Managed(vm) => Ok(vm.state_out(target, limit).await.map_err(managed)?),
         }
     }
@@ -306,7 +350,7 @@ impl SourceVm {
     /// Breaks off what is under way, so that [`roll_back`] is not kept waiting.
     pub fn break_off(&self) {
         match self {
-            SourceVm::Direct(_) => {}
+            SourceVm::Direct(_) | SourceVm::KvmLog(_) => {}
             SourceVm::Stream(vm) => vm.break_off(),
             SourceVm::Managed(vm) => vm.break_off(),
         }
@@ -321,17 +365,30 @@ fn managed(error: ManagedError) -> Box<ManagedError> {
     Box::new(error)
 }
 
+fn log_boxed(error: KvmLogVmError) -> Box<KvmLogVmError> {
+    Box::new(error)
+}
+
 /// Lets a source go on after a failure before the point of no return; `run`:
 /// its guest, found stopped, is to run. Works from every state, also for an
 /// agent that has been restarted meanwhile.
 pub async fn roll_back(vmm: &Vmm, run: bool) -> Result<(), KindError> {
-    Ok(direct::roll_back(vmm, run).await?)
+    match &vmm.control {
+        Control::Qmp(_) => Ok(direct::roll_back(vmm, run).await?),
+        Control::Link(_) => Ok(kvm_log::roll_back(vmm, run).await.map_err(log_boxed)?),
+    }
 }
 
 /// Lets a guest that has arrived run (or stand, unless `run`). Only after the
 /// point of no return; also for an agent that has been restarted meanwhile.
 pub async fn resume_arrived(vmm: &Vmm, run: bool) -> Result<(), KindError> {
-    Ok(direct::resume_arrived(vmm, run).await?)
+    match &vmm.control {
+        Control::Qmp(_) => Ok(direct::resume_arrived(vmm, run).await?),
+        Control::Link(_) => {
+            let resumed = kvm_log::resume_arrived(vmm, run).await;
+            Ok(resumed.map_err(log_boxed)?)
+        }
+    }
 }
 
 /// A VM on the host it is moved to, in a VMM that the agent has started
@@ -343,6 +400,8 @@ pub enum TargetVm {
     Direct(direct::TargetVm),
     /// QEMU whose RAM is its own.
     Stream(stream::TargetVm),
+    /// A VMM that embeds `drover-vmm`.
+    KvmLog(kvm_log::TargetVm),
 }
 
 impl TargetVm {
@@ -363,7 +422,12 @@ impl TargetVm {
                     .await
                     .map_err(boxed)?,
             )),
-            VmFacts::QemuManaged(facts) => Err(KindError::Managers {
+            VmFacts::KvmLog(facts) => Ok(TargetVm::KvmLog(
+                kvm_log::TargetVm::prepare(definition, paths, host, facts)
+                    .await
+                    .map_err(log_boxed)?,
+            )),
+            VmFacts::Managed(facts) => Err(KindError::Managers {
                 vm: facts.name.clone(),
             }),
         }
@@ -374,6 +438,7 @@ impl TargetVm {
         match self {
             TargetVm::Direct(_) => Kind::QemuDirect,
             TargetVm::Stream(_) => Kind::QemuStream,
+            TargetVm::KvmLog(_) => Kind::KvmLog,
         }
     }
 
@@ -382,6 +447,7 @@ impl TargetVm {
         match self {
             TargetVm::Direct(vm) => vm.vmm(),
             TargetVm::Stream(vm) => vm.vmm(),
+            TargetVm::KvmLog(vm) => vm.vmm(),
         }
     }
 
@@ -390,6 +456,7 @@ impl TargetVm {
         match self {
             TargetVm::Direct(vm) => vm.ram().clone(),
             TargetVm::Stream(vm) => vm.ram().clone(),
+            TargetVm::KvmLog(vm) => vm.ram().clone(),
         }
     }
 
@@ -399,6 +466,7 @@ impl TargetVm {
         match self {
             TargetVm::Direct(vm) => Ok(vm.listen(socket).await?),
             TargetVm::Stream(vm) => Ok(vm.listen(socket).await.map_err(boxed)?),
+            TargetVm::KvmLog(vm) => Ok(vm.listen(socket).await.map_err(log_boxed)?),
         }
     }
 
@@ -407,6 +475,7 @@ impl TargetVm {
         match self {
             TargetVm::Direct(vm) => Ok(vm.wait_arrived(limit).await?),
             TargetVm::Stream(vm) => Ok(vm.wait_arrived(limit).await.map_err(boxed)?),
+            TargetVm::KvmLog(vm) => Ok(vm.wait_arrived(limit).await.map_err(log_boxed)?),
         }
     }
 
@@ -415,6 +484,7 @@ impl TargetVm {
         match self {
             TargetVm::Direct(vm) => vm.keep(),
             TargetVm::Stream(vm) => vm.keep(),
+            TargetVm::KvmLog(vm) => vm.keep(),
         }
     }
 
@@ -423,6 +493,7 @@ impl TargetVm {
         match self {
             TargetVm::Direct(vm) => vm.abort().await,
             TargetVm::Stream(vm) => vm.abort().await,
+            TargetVm::KvmLog(vm) => vm.abort().await,
         }
     }
 }

@@ -1,23 +1,31 @@
 //! VMMs: starting them, taking hold of those that run, and ending them.
 //!
 //! QEMU daemonizes itself: its start errors come back in order, on stderr with
-//! an exit status, and it is no child that would end with the agent.
+//! an exit status. A VMM that embeds `drover-vmm` is a child of the agent, which
+//! it outlives: the agent waits for its link to answer, or for its end.
 
 mod control;
 mod error;
 mod leftovers;
+mod linked;
+mod qemu;
 mod start;
 
 pub use control::{Control, ControlError, NoMonitor, Vmm};
 pub use error::LaunchError;
 pub use leftovers::{end_leftovers, has_leftover, remove_files};
-pub use start::{Launched, Role};
+pub use start::Launched;
+
+pub use super::definition::Role;
 
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 use std::time::Duration;
 
+/// How long a VMM may take until it answers. Locking or preallocating much RAM
+/// takes a while.
+const START_LIMIT: Duration = Duration::from_secs(60);
 /// How long a VMM may take to end after SIGKILL.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// How much of a VMM's log an error carries.

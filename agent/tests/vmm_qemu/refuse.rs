@@ -225,7 +225,7 @@ fn a_vmm_that_does_not_start() {
         let host = Host::new();
         let bad = define("vm", "64M", Accel::Tcg, RAM, &["-device", "no-such-device"]);
         let error = host.launch(&bad, Role::Run).await.unwrap_err();
-        assert!(matches!(error, LaunchError::Qemu { .. }));
+        assert!(matches!(error, LaunchError::NotStarted { .. }));
         assert!(
             full(&error).contains("'no-such-device' is not a valid device"),
             "{}",

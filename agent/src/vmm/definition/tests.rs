@@ -33,12 +33,13 @@ fn a_definition_is_read_and_expanded_for_a_host() {
     let paths = VmPaths::new(Path::new("/run/drover"), Path::new("/dev/shm"), &vm.name);
     let mut host = BTreeMap::from([("disks".to_owned(), "/srv/d".to_owned())]);
     host.insert("ram".to_owned(), "/evil".to_owned());
-    let args = vm.expand(&paths, &host).unwrap();
+    let args = vm.expand(&paths, &host, Role::Run).unwrap();
     let ram = "memory-backend-file,id=ram,size=262136K,mem-path=/dev/shm/web-1.ram,share=on";
     assert_eq!(args[1], ram);
     assert_eq!(args[3], r#"{"driver":"file","filename":"/srv/d/a.img"}"#);
     assert_eq!(args[5], "file:/run/drover/web-1/serial.log");
-    let e = vm.expand(&paths, &BTreeMap::new()).unwrap_err().to_string();
+    let e = vm.expand(&paths, &BTreeMap::new(), Role::Run);
+    let e = e.unwrap_err().to_string();
     assert!(
         e.contains("{disks}") && e.contains("[placeholders]") && e.contains("web-1"),
         "{e}"
@@ -61,6 +62,63 @@ fn a_vm_with_ram_of_its_own_needs_no_file() {
             .unwrap()
             .has_ram_file()
     );
+}
+
+const LINKED: &str = r#"
+name = "k1"
+domain = "tenant-a"
+ram = "64M"
+
+[vmm]
+binary = "/usr/bin/my-vmm"
+args = ["--agent", "{link}", "--ram", "{ram}", "--disk", "{disks}/k1.img"]
+incoming_args = ["--wait", "--log={dir}/{logs}"]
+"#;
+
+#[test]
+fn another_vmm_waits_with_arguments_of_its_own() {
+    let vm = Definition::parse("k1.toml", LINKED).unwrap();
+    assert_eq!((vm.family, vm.kind), (Family::Linked, Kind::Auto));
+    assert!(vm.has_ram_file());
+    let needed: Vec<_> = vm.host_placeholders().into_iter().collect();
+    assert_eq!(needed, ["disks", "logs"]);
+    let paths = VmPaths::new(Path::new("/run/drover"), Path::new("/dev/shm"), &vm.name);
+    let host = BTreeMap::from(["disks", "logs"].map(|name| (name.to_owned(), name.to_owned())));
+    let run = vm.expand(&paths, &host, Role::Run).unwrap();
+    assert_eq!(run[1], "/run/drover/k1/link.sock");
+    assert_eq!(run.last().unwrap(), "disks/k1.img");
+    let incoming = vm.expand(&paths, &host, Role::Incoming).unwrap();
+    assert_eq!(incoming[..run.len()], run);
+    assert_eq!(
+        incoming[run.len()..],
+        ["--wait", "--log=/run/drover/k1/logs"]
+    );
+}
+
+#[test]
+fn mistakes_in_the_table_of_another_vmm_are_named() {
+    for (from, to, line, words) in [
+        ("/usr/bin/m", "m", 7, "absolute"),
+        ("{link}", "/run/k1.sock", 7, "{link}"),
+        ("--wait", "a\\u0000", 9, "zero byte"),
+        ("ram = ", "kind = \"qemu-direct\"\nram = ", 8, "[qemu]"),
+        ("[vmm]", "[vm]", 6, "vm"),
+        (
+            "[vmm]",
+            "[qemu]\nbinary = \"/q\"\nargs = []\n[vmm]",
+            10,
+            "leave out one",
+        ),
+    ] {
+        let text = LINKED.replacen(from, to, 1);
+        let e = Definition::parse("k1.toml", &text).unwrap_err().to_string();
+        let at = format!("k1.toml:{line}:");
+        assert!(e.starts_with(&at) && e.contains(words), "{e}");
+    }
+    let bare = LINKED.split("[vmm]").next().unwrap();
+    assert!(error(bare).1.contains("neither [qemu] nor [vmm]"));
+    let qemu = GOOD.replace("ram =", "kind = \"kvm-log\"\nram =");
+    assert!(error(&qemu).1.contains("[vmm]"));
 }
 
 #[test]
@@ -122,7 +180,7 @@ proptest! {
         let _ = Definition::parse("x", &text);
         let _ = parse_size(&text);
         let _ = placeholders(&text).count();
-        let _ = check_arg(&text);
+        let _ = program::check_arg(&text);
     }
 
     #[test]
@@ -136,6 +194,6 @@ proptest! {
     fn text_around_placeholders_stays(a in "[^{}]{0,10}", b in "[^{}]{0,10}") {
         let vm = Definition { args: vec![format!("{a}{{name}}{b}")], ..Definition::parse("x", GOOD).unwrap() };
         let paths = VmPaths::new(Path::new("/r"), Path::new("/m"), "n");
-        prop_assert_eq!(&vm.expand(&paths, &BTreeMap::new()).unwrap()[0], &format!("{a}web-1{b}"));
+        prop_assert_eq!(&vm.expand(&paths, &BTreeMap::new(), Role::Run).unwrap()[0], &format!("{a}web-1{b}"));
     }
 }

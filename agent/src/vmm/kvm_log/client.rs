@@ -2,27 +2,28 @@
 //! whoever asks.
 
 use super::error::LinkClientError;
+use super::greeting::Greeting;
 use super::rounds::RoundReader;
-use crate::types::{Gfn, PAGE_SIZE};
+use super::session::{Session, wrong};
+use crate::types::Gfn;
 use crate::vmm::dirty::ScanStats;
 use crate::vmm::qmp::RunState;
-use crate::vmm::ram::GuestRam;
+use crate::vmm::ram::{GuestRam, RamError};
+use drover_vmm::Connection;
 use drover_vmm::wire::{Answer, LogKind, MAX_CHUNK, Phase, RegionInfo, Request, Status};
-use drover_vmm::{Connection, ConnectionError};
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::ops::Range;
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
-
-/// How long a VMM may take for one message: pausing drains its devices.
-const LIMIT: Duration = Duration::from_secs(30);
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 /// A connection to a VMM that embeds `drover-vmm`. When it is dropped the VMM
 /// switches the log off; a guest that runs runs on, one that stands stays so.
+///
+/// One that broke is made anew by the next request, if it is still the same VMM
+/// that answers. Its log is off then, which the next round is told.
 #[derive(Debug)]
 pub struct LinkClient {
     vm: String,
@@ -33,10 +34,11 @@ pub struct LinkClient {
     path: PathBuf,
     len: u64,
     pid: i32,
-    connection: Mutex<Connection>,
+    connection: Mutex<Option<Connection>>,
 }
 
-type Asked<T> = Result<T, LinkClientError>;
+/// What comes of asking.
+pub(super) type Asked<T> = Result<T, LinkClientError>;
 
 impl LinkClient {
     /// Connects to the VMM of `vm` at its socket, and gets its RAM.
@@ -44,57 +46,17 @@ impl LinkClient {
     /// # Errors
     /// Nobody answers there, or its RAM is not one file without gaps.
     pub fn connect(vm: &str, socket: &Path) -> Asked<LinkClient> {
-        let stream = UnixStream::connect(socket).map_err(|source| LinkClientError::Connect {
-            vm: vm.to_owned(),
-            socket: socket.to_owned(),
-            source,
-        })?;
-        let doing = "greeting";
-        let broke = |source| LinkClientError::Connection {
-            vm: vm.to_owned(),
-            doing,
-            source,
-        };
-        let mut connection = Connection::new(stream).map_err(broke)?;
-        let greeting = (|| {
-            let pid = connection.peer_pid()?;
-            connection.set_limit(LIMIT)?;
-            connection.send(|out| Request::Hello.encode(out))?;
-            Ok::<_, std::io::Error>(pid)
-        })();
-        let pid = greeting.map_err(|e| broke(e.into()))?;
-        let (kind, body, mut fds) = connection.receive_with_fds().map_err(broke)?;
-        let answer = Answer::decode(kind, body).map_err(|e| broke(e.into()))?;
-        let Answer::Welcome {
-            log,
-            regions,
-            fds: announced,
-            ..
-        } = answer
-        else {
-            return Err(wrong(vm, doing, &answer));
-        };
-        let layout = |what: String| LinkClientError::Layout {
-            vm: vm.to_owned(),
-            what,
-        };
-        if announced != 1 || fds.len() != 1 {
-            return Err(layout(format!("{announced} files ({} came)", fds.len())));
-        }
-        let file = File::from(fds.remove(0));
-        let len = covered(&regions).map_err(layout)?;
-        let link = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let path = std::fs::read_link(&link).unwrap_or_else(|_| link.into());
+        let greeting = Greeting::exchange(vm, socket)?;
         Ok(LinkClient {
             vm: vm.to_owned(),
             socket: socket.to_owned(),
-            log,
-            regions,
-            file,
-            path,
-            len,
-            pid,
-            connection: Mutex::new(connection),
+            log: greeting.log,
+            regions: greeting.regions,
+            path: Greeting::path(&greeting.file),
+            file: greeting.file,
+            len: greeting.len,
+            pid: greeting.pid,
+            connection: Mutex::new(Some(greeting.connection)),
         })
     }
 
@@ -118,6 +80,19 @@ impl LinkClient {
         self.log
     }
 
+    /// Guest RAM as KVM has it.
+    pub fn regions(&self) -> &[RegionInfo] {
+        &self.regions
+    }
+
+    /// Bytes of guest RAM that have memory.
+    ///
+    /// # Errors
+    /// The file cannot be asked.
+    pub fn filled_bytes(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blocks() * 512)
+    }
+
     /// Guest RAM, for reading (and, on a target, placing) pages.
     ///
     /// # Errors
@@ -128,7 +103,7 @@ impl LinkClient {
             source,
         };
         let file = self.file.try_clone().map_err(|source| {
-            ram(crate::vmm::ram::RamError::File {
+            ram(RamError::File {
                 what: "keeping RAM file",
                 path: self.path.clone(),
                 source,
@@ -172,37 +147,33 @@ impl LinkClient {
     /// What was reported until then is not all: the log is not to be trusted
     /// any more.
     pub fn round(&self, f: &mut dyn FnMut(Range<Gfn>)) -> Asked<ScanStats> {
-        let doing = "reading the dirty log";
         let begun = Instant::now();
         let mut reader = RoundReader::new(&self.regions);
-        let mut connection = self.lock();
-        self.send(&mut connection, doing, &Request::Round)?;
-        loop {
-            let said = |what| LinkClientError::Answer {
-                vm: self.vm.clone(),
-                doing,
-                what,
-            };
-            let over = self.hear(&mut connection, doing, |answer| match answer {
+        let mut session = self.session("reading the dirty log")?;
+        session.send(&Request::Round)?;
+        let pages = loop {
+            let said = |what| self.mistaken("reading the dirty log", what);
+            let over = session.hear(|answer| match answer {
                 Answer::Bits(bits) => reader.take(bits, f).map(|()| None).map_err(said),
                 Answer::RoundEnd(pages) => Ok(Some(*pages)),
-                other => Err(wrong(&self.vm, doing, other)),
+                other => Err(wrong(&self.vm, "reading the dirty log", other)),
             })?;
-            let Some(pages) = over else {
-                continue;
-            };
-            reader.flush(f);
-            if reader.pages != pages {
-                let sum = reader.pages;
-                return Err(said(format!("{sum} pages, and says it were {pages}")));
+            if let Some(pages) = over {
+                break pages;
             }
-            return Ok(ScanStats {
-                pages,
-                runs: reader.runs,
-                calls: 1,
-                took: begun.elapsed(),
-            });
+        };
+        reader.flush(f);
+        if reader.pages != pages {
+            session.give_up();
+            let what = format!("{} pages, and says it were {pages}", reader.pages);
+            return Err(self.mistaken(session.doing, what));
         }
+        Ok(ScanStats {
+            pages,
+            runs: reader.runs,
+            calls: 1,
+            took: begun.elapsed(),
+        })
     }
 
     /// Stops the guest; whether it was running.
@@ -229,12 +200,11 @@ impl LinkClient {
     /// # Errors
     /// `out` does not have all of it.
     pub fn save_state(&self, out: &mut dyn Write) -> Asked<u64> {
-        let doing = "saving its state";
-        let mut connection = self.lock();
-        self.send(&mut connection, doing, &Request::SaveState)?;
+        let mut session = self.session("saving its state")?;
+        session.send(&Request::SaveState)?;
         let (mut total, mut failed) = (0, None);
-        loop {
-            let end = self.hear(&mut connection, doing, |answer| match answer {
+        let announced = loop {
+            let end = session.hear(|answer| match answer {
                 Answer::Chunk(bytes) => {
                     total += bytes.len() as u64;
                     // What comes is read to its end, or the next answer is mistaken.
@@ -244,20 +214,22 @@ impl LinkClient {
                     Ok(None)
                 }
                 Answer::ChunksEnd(announced) => Ok(Some(*announced)),
-                other => Err(wrong(&self.vm, doing, other)),
+                other => Err(wrong(&self.vm, "saving its state", other)),
             })?;
-            match (end, failed.take()) {
-                (None, error) => failed = error,
-                (Some(_), Some(source)) => {
-                    let vm = self.vm.clone();
-                    return Err(LinkClientError::State { vm, source });
-                }
-                (Some(announced), None) if announced == total => return Ok(total),
-                (Some(announced), None) => {
-                    let what = format!("{total} of {announced} bytes");
-                    let vm = self.vm.clone();
-                    return Err(LinkClientError::Answer { vm, doing, what });
-                }
+            if let Some(announced) = end {
+                break announced;
+            }
+        };
+        match failed {
+            Some(source) => Err(LinkClientError::State {
+                vm: self.vm.clone(),
+                source,
+            }),
+            None if announced == total => Ok(total),
+            None => {
+                session.give_up();
+                let what = format!("{total} of {announced} bytes");
+                Err(self.mistaken(session.doing, what))
             }
         }
     }
@@ -267,15 +239,14 @@ impl LinkClient {
     /// # Errors
     /// The VMM can only be ended then.
     pub fn load_state(&self, state: &mut dyn Read) -> Asked<u64> {
-        let doing = "taking in its state";
-        let mut connection = self.lock();
-        self.send(&mut connection, doing, &Request::LoadState)?;
+        let mut session = self.session("taking in its state")?;
+        session.send(&Request::LoadState)?;
         let mut chunk = vec![0; MAX_CHUNK];
         let mut total = 0;
         loop {
             let n = state.read(&mut chunk).map_err(|source| {
                 // The VMM waits for the rest.
-                connection.close();
+                session.give_up();
                 let vm = self.vm.clone();
                 LinkClientError::State { vm, source }
             })?;
@@ -283,12 +254,12 @@ impl LinkClient {
                 break;
             }
             total += n as u64;
-            self.send(&mut connection, doing, &Request::Chunk(&chunk[..n]))?;
+            session.send(&Request::Chunk(&chunk[..n]))?;
         }
-        self.send(&mut connection, doing, &Request::ChunksEnd(total))?;
-        self.hear(&mut connection, doing, |answer| match answer {
+        session.send(&Request::ChunksEnd(total))?;
+        session.hear(|answer| match answer {
             Answer::Done => Ok(total),
-            other => Err(wrong(&self.vm, doing, other)),
+            other => Err(wrong(&self.vm, "taking in its state", other)),
         })
     }
 
@@ -300,10 +271,26 @@ impl LinkClient {
         self.done("ending", &Request::End)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Connection> {
-        self.connection
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    /// Nobody else asks for as long as this is held.
+    fn session(&self, doing: &'static str) -> Asked<Session<'_>> {
+        let connection = self.connection.lock();
+        let mut held = connection.unwrap_or_else(PoisonError::into_inner);
+        if held.is_none() {
+            let greeting = Greeting::exchange(&self.vm, &self.socket)?;
+            if !greeting.is_of(self.pid, &self.regions, &self.file) {
+                return Err(LinkClientError::Replaced {
+                    vm: self.vm.clone(),
+                    socket: self.socket.clone(),
+                    pid: self.pid,
+                });
+            }
+            *held = Some(greeting.connection);
+        }
+        Ok(Session {
+            vm: &self.vm,
+            doing,
+            held,
+        })
     }
 
     fn done(&self, doing: &'static str, request: &Request<'_>) -> Asked<()> {
@@ -318,51 +305,14 @@ impl LinkClient {
         request: &Request<'_>,
         f: impl FnOnce(&Answer<'_>) -> Option<T>,
     ) -> Asked<T> {
-        let mut connection = self.lock();
-        self.send(&mut connection, doing, request)?;
-        self.hear(&mut connection, doing, |answer| {
-            f(answer).ok_or_else(|| wrong(&self.vm, doing, answer))
-        })
+        let mut session = self.session(doing)?;
+        session.send(request)?;
+        session.hear(|answer| f(answer).ok_or_else(|| wrong(&self.vm, doing, answer)))
     }
 
-    fn broke(&self, doing: &'static str, source: ConnectionError) -> LinkClientError {
-        LinkClientError::Connection {
-            vm: self.vm.clone(),
-            doing,
-            source,
-        }
-    }
-
-    fn send(
-        &self,
-        connection: &mut Connection,
-        doing: &'static str,
-        request: &Request<'_>,
-    ) -> Asked<()> {
-        let sent = connection.send(|out| request.encode(out));
-        sent.map_err(|e| self.broke(doing, e.into()))
-    }
-
-    fn hear<T>(
-        &self,
-        connection: &mut Connection,
-        doing: &'static str,
-        f: impl FnOnce(&Answer<'_>) -> Asked<T>,
-    ) -> Asked<T> {
-        let heard = (|| {
-            let (kind, body) = connection.receive().map_err(|e| self.broke(doing, e))?;
-            let answer = Answer::decode(kind, body).map_err(|e| self.broke(doing, e.into()))?;
-            f(&answer)
-        })();
-        match heard {
-            Ok(value) => Ok(value),
-            Err(refused @ LinkClientError::Refused { .. }) => Err(refused),
-            Err(error) => {
-                // What is still to come would be taken for the next answer.
-                connection.close();
-                Err(error)
-            }
-        }
+    fn mistaken(&self, doing: &'static str, what: String) -> LinkClientError {
+        let vm = self.vm.clone();
+        LinkClientError::Answer { vm, doing, what }
     }
 }
 
@@ -372,41 +322,5 @@ pub fn run_state(status: Status) -> RunState {
         Phase::Waiting => RunState::Inmigrate,
         Phase::Live | Phase::Arrived if status.running => RunState::Running,
         Phase::Live | Phase::Arrived => RunState::Paused,
-    }
-}
-
-/// An answer that is none to what was asked.
-fn wrong(vm: &str, doing: &'static str, answer: &Answer<'_>) -> LinkClientError {
-    let vm = vm.to_owned();
-    match answer {
-        Answer::Refused { text, .. } => LinkClientError::Refused {
-            vm,
-            doing,
-            text: text.clone(),
-        },
-        other => {
-            let mut what = format!("{other:?}");
-            what.truncate(what.floor_char_boundary(80));
-            LinkClientError::Answer { vm, doing, what }
-        }
-    }
-}
-
-/// How long a file is that the regions, wherever the guest has them, make up
-/// without gap and without overlap.
-fn covered(regions: &[RegionInfo]) -> Result<u64, String> {
-    let mut parts: Vec<_> = regions.iter().map(|r| r.offset..r.offset + r.len).collect();
-    parts.sort_by_key(|part| part.start);
-    let end = parts.iter().try_fold(0, |at, part| {
-        if part.start == at {
-            Ok(part.end)
-        } else {
-            Err(at)
-        }
-    });
-    match end {
-        Ok(len) if len / PAGE_SIZE as u64 <= u64::from(u32::MAX) => Ok(len),
-        Ok(len) => Err(format!("{len} bytes")),
-        Err(at) => Err(format!("not made of one part at {at:#x} of its file")),
     }
 }

@@ -1,125 +1,229 @@
-//! Rounds of pages by KVM's dirty log.
+//! A VM of this kind on the host it is moved from.
 
 use super::client::LinkClient;
-use super::error::LinkClientError;
-use crate::types::Gfn;
-use crate::vmm::dirty::ScanStats;
-use crate::vmm::pageset::PageSet;
+use super::error::KvmLogVmError;
+use super::pages::KvmLogSource;
+use super::state;
+use crate::vmm::launch::{Control, Vmm, blocking};
 use crate::vmm::ram::GuestRam;
-use crate::vmm::source::PageSource;
+use crate::vmm::relay::relay;
+use drover_vmm::wire::{Phase, RegionInfo};
+use serde::{Deserialize, Serialize};
 use std::io;
-use std::ops::Range;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Instant;
-use thiserror::Error;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
 
-/// Why a round of [`KvmLogSource`] failed.
-#[derive(Debug, Error)]
-pub enum KvmLogSourceError {
-    /// The VMM did not answer it.
-    #[error(transparent)]
-    Link(#[from] LinkClientError),
-    /// The RAM file could not be looked through for holes.
-    #[error("cannot tell data from holes in {place}")]
-    Extents {
-        /// The RAM file.
-        place: String,
-        /// The kernel's answer.
-        #[source]
-        source: io::Error,
-    },
+/// What the source knows of a VM; its target's VMM has to have the same RAM.
+/// That the two understand each other's state is for them to tell.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkedFacts {
+    /// The VM's name.
+    pub name: String,
+    /// Bytes of guest RAM.
+    pub ram_bytes: u64,
+    /// Where the guest has it.
+    pub parts: Vec<RamPart>,
 }
 
-/// [`PageSource`] of a VM whose VMM answers KVM's dirty log. The log is on for
-/// as long as this is.
+/// A stretch of guest RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamPart {
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Where it begins in the file.
+    pub offset: u64,
+}
+
+/// The parts in the order of their addresses, however a VMM lists them.
+pub(super) fn parts(regions: &[RegionInfo]) -> Vec<RamPart> {
+    let part = |r: &RegionInfo| RamPart {
+        gpa: r.gpa,
+        len: r.len,
+        offset: r.offset,
+    };
+    let mut parts: Vec<_> = regions.iter().map(part).collect();
+    parts.sort_by_key(|part| part.gpa);
+    parts
+}
+
+/// See the module.
 #[derive(Debug)]
-pub struct KvmLogSource {
-    ram: Arc<GuestRam>,
+pub struct SourceVm {
+    vmm: Vmm,
     link: Arc<LinkClient>,
-    /// Pages reported so far in any round.
-    reported: PageSet,
+    facts: LinkedFacts,
+    ram: Arc<GuestRam>,
 }
 
-impl KvmLogSource {
-    /// Starts the log. The guest runs on.
+impl SourceVm {
+    /// Checks that a VM lives here and opens its RAM for reading. The VM is not
+    /// touched.
     ///
     /// # Errors
-    /// The VMM refuses, or its RAM cannot be read.
-    pub fn start(link: Arc<LinkClient>) -> Result<KvmLogSource, LinkClientError> {
-        let ram = link.ram(false)?;
-        link.start_log()?;
-        let reported = PageSet::new(ram.pages());
-        Ok(KvmLogSource {
-            ram,
+    /// Its VMM has no link, or only waits for a VM.
+    pub async fn open(vmm: Vmm) -> Result<SourceVm, KvmLogVmError> {
+        let link = link(&vmm)?.clone();
+        let asked = link.clone();
+        let (status, ram) =
+            blocking(move || Ok::<_, KvmLogVmError>((asked.status()?, asked.ram(false)?))).await?;
+        if status.phase == Phase::Waiting {
+            return Err(KvmLogVmError::Phase {
+                vm: vmm.name.clone(),
+                is: "waits for a VM",
+                wanted: "has one",
+            });
+        }
+        let facts = LinkedFacts {
+            name: vmm.name.clone(),
+            ram_bytes: ram.len(),
+            parts: parts(link.regions()),
+        };
+        Ok(SourceVm {
+            vmm,
             link,
-            reported,
+            facts,
+            ram,
         })
     }
 
-    fn data_runs(&self) -> Result<Vec<Range<Gfn>>, KvmLogSourceError> {
-        let runs: io::Result<Vec<_>> = self.ram.data_extents(Gfn(0)).collect();
-        runs.map_err(|source| KvmLogSourceError::Extents {
-            place: self.ram.path().display().to_string(),
+    /// The VMM.
+    pub fn vmm(&self) -> &Vmm {
+        &self.vmm
+    }
+
+    /// What the target has to know.
+    pub fn facts(&self) -> &LinkedFacts {
+        &self.facts
+    }
+
+    /// Guest RAM, read-only.
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// Whether the guest runs.
+    ///
+    /// # Errors
+    /// As all of these: the VMM does not answer, or refuses.
+    pub async fn is_running(&self) -> Result<bool, KvmLogVmError> {
+        is_running(&self.link).await
+    }
+
+    /// Starts the dirty log, for as long as the pages are being asked for.
+    ///
+    /// # Errors
+    /// The guest runs on in any case.
+    pub async fn start_log(&self) -> Result<KvmLogSource, KvmLogVmError> {
+        let link = self.link.clone();
+        Ok(blocking(move || KvmLogSource::start(link)).await?)
+    }
+
+    /// Stops the guest for stop-and-copy. Returns whether it was running: one
+    /// that its operator has paused must not run on the target either.
+    ///
+    /// # Errors
+    /// It may run, or stand: [`roll_back`] settles that.
+    pub async fn pause(&self) -> Result<bool, KvmLogVmError> {
+        let link = self.link.clone();
+        Ok(blocking(move || link.pause()).await?)
+    }
+
+    /// Sends the device state to `target`, and waits until the *target's* VMM
+    /// has said that it has all of it. The guest must be paused and its last
+    /// pages must be in place.
+    ///
+    /// On success nobody but the target's agent says whose the VM is.
+    ///
+    /// # Errors
+    /// The VM is this side's, paused: [`roll_back`].
+    pub async fn state_out(
+        &self,
+        target: impl AsyncRead + AsyncWrite,
+        limit: Duration,
+    ) -> Result<(), KvmLogVmError> {
+        let vm = &self.vmm.name;
+        let pair = || -> io::Result<_> {
+            let (ours, carried) = UnixStream::pair()?;
+            carried.set_nonblocking(true)?;
+            Ok((ours, tokio::net::UnixStream::from_std(carried)?))
+        };
+        let (ours, carried) = pair().map_err(|source| KvmLogVmError::Socket {
+            vm: vm.clone(),
             source,
-        })
+        })?;
+        let link = self.link.clone();
+        let sending = blocking(move || state::send(&link, ours, limit));
+        let carrying = async {
+            let carried = relay(carried, target, limit).await;
+            carried.map_err(|source| KvmLogVmError::Carried {
+                vm: vm.clone(),
+                source,
+            })
+        };
+        // If this ends early, so does the pair, and with it the thread.
+        let both = async { tokio::try_join!(sending, carrying) };
+        match tokio::time::timeout(limit, both).await {
+            Ok(done) => done.map(drop),
+            Err(_) => Err(KvmLogVmError::Limit {
+                vm: vm.clone(),
+                what: "moving its device state",
+                limit,
+            }),
+        }
     }
 }
 
-impl PageSource for KvmLogSource {
-    type Error = KvmLogSourceError;
+/// Lets a source go on after a failure before the point of no return; `run`: its
+/// guest, found stopped, is to run. Works from every state, also for an agent
+/// that has been restarted meanwhile: the VMM has kept everything.
+///
+/// # Errors
+/// The guest may stand; it can be tried again.
+pub async fn roll_back(vmm: &Vmm, run: bool) -> Result<(), KvmLogVmError> {
+    let_run(link(vmm)?, run).await
+}
 
-    fn pages(&self) -> u32 {
-        self.ram.pages()
+/// Lets a guest that has arrived run (or stand, unless `run`). Only after the
+/// point of no return; also for an agent that has been restarted meanwhile.
+///
+/// # Errors
+/// The guest may stand; it can be tried again.
+pub async fn resume_arrived(vmm: &Vmm, run: bool) -> Result<(), KvmLogVmError> {
+    let_run(link(vmm)?, run).await
+}
+
+async fn let_run(link: &Arc<LinkClient>, run: bool) -> Result<(), KvmLogVmError> {
+    if !run {
+        return Ok(());
     }
-
-    fn first_round(
-        &mut self,
-        f: &mut dyn FnMut(Range<Gfn>),
-    ) -> Result<ScanStats, KvmLogSourceError> {
-        let begun = Instant::now();
-        let mut stats = ScanStats::default();
-        for run in self.data_runs()? {
-            stats.runs += 1;
-            stats.pages += u64::from(run.end.0 - run.start.0);
-            self.reported.insert(run.clone());
-            f(run);
-        }
-        stats.took = begun.elapsed();
-        Ok(stats)
-    }
-
-    fn next_round(
-        &mut self,
-        f: &mut dyn FnMut(Range<Gfn>),
-    ) -> Result<ScanStats, KvmLogSourceError> {
-        let reported = &mut self.reported;
-        Ok(self.link.round(&mut |run| {
-            reported.insert(run.clone());
-            f(run);
-        })?)
-    }
-
-    /// What was given back since it was reported: a balloon that punches holes
-    /// into the RAM file writes nothing. All writes are in the log: those of
-    /// devices are marked when they are over, at the latest by the pause.
-    fn recheck(&mut self) -> Result<Vec<Range<Gfn>>, KvmLogSourceError> {
-        let mut again = self.reported.clone();
-        for run in self.data_runs()? {
-            again.remove(run);
-        }
-        Ok(again.runs())
-    }
-
-    fn read_run(&self, start: Gfn, out: &mut [u8]) -> io::Result<()> {
-        self.ram.read_run(start, out)
+    let asked = link.clone();
+    blocking(move || asked.resume()).await?;
+    match is_running(link).await? {
+        true => Ok(()),
+        false => Err(KvmLogVmError::RunState {
+            vm: link.vm().to_owned(),
+            is: "stands",
+            doing: "being resumed",
+        }),
     }
 }
 
-impl Drop for KvmLogSource {
-    fn drop(&mut self) {
-        // A VMM that is gone has no log either.
-        if let Err(error) = self.link.stop_log() {
-            tracing::debug!(%error, "the dirty log may be on still");
-        }
+async fn is_running(link: &Arc<LinkClient>) -> Result<bool, KvmLogVmError> {
+    let link = link.clone();
+    Ok(blocking(move || link.status()).await?.running)
+}
+
+/// The link of a VMM that has one.
+pub(super) fn link(vmm: &Vmm) -> Result<&Arc<LinkClient>, KvmLogVmError> {
+    match &vmm.control {
+        Control::Link(link) => Ok(link),
+        other => Err(KvmLogVmError::NoLink {
+            vm: vmm.name.clone(),
+            by: other.name(),
+        }),
     }
 }

@@ -2,6 +2,7 @@
 
 use super::error::LaunchError;
 use super::{KILL_LIMIT, blocking, log_tail};
+use crate::vmm::definition::{Definition, Family};
 use crate::vmm::kvm_log::{LinkClient, LinkClientError, run_state};
 use crate::vmm::process::{ProcessError, VmProcess};
 use crate::vmm::qmp::{Qmp, QmpError, RunState};
@@ -20,6 +21,16 @@ pub enum Control {
     Qmp(Qmp),
     /// The link of a VMM that embeds `drover-vmm`.
     Link(Arc<LinkClient>),
+}
+
+impl Control {
+    /// In an operator's words.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Control::Qmp(_) => "QMP",
+            Control::Link(_) => "a link of drover-vmm",
+        }
+    }
 }
 
 /// A VMM does not answer, or refuses.
@@ -100,13 +111,45 @@ impl Vmm {
         })
     }
 
+    /// Takes hold of a running VMM that embeds `drover-vmm`, by its link.
+    pub async fn adopt_linked(name: &str, socket: &Path) -> Result<Vmm, LaunchError> {
+        let (vm, path) = (name.to_owned(), socket.to_owned());
+        let link = blocking(move || LinkClient::connect(&vm, &path)).await?;
+        if link.pid() == 0 {
+            return Err(LaunchError::WrongProcess {
+                pid: 0,
+                path: socket.to_owned(),
+                why: "its number is not visible here (another pid namespace?)".into(),
+            });
+        }
+        let process = VmProcess::open(link.pid())?;
+        // Who still answers is the one that the number is of.
+        let link = Arc::new(link);
+        let asked = link.clone();
+        blocking(move || asked.status()).await?;
+        Ok(Vmm {
+            name: name.to_owned(),
+            process: Arc::new(process),
+            control: Control::Link(link),
+            log: None,
+        })
+    }
+
+    /// Takes hold of the running VMM of a definition, by the socket it has.
+    pub async fn find(definition: &Definition, socket: &Path) -> Result<Vmm, LaunchError> {
+        match definition.family {
+            Family::Qemu => Self::adopt(&definition.name, socket, None).await,
+            Family::Linked => Self::adopt_linked(&definition.name, socket).await,
+        }
+    }
+
     /// QEMU's monitor. For code that is about QEMU: fails of other VMMs.
     pub fn qmp(&self) -> Result<&Qmp, NoMonitor> {
         match &self.control {
             Control::Qmp(qmp) => Ok(qmp),
-            Control::Link(_) => Err(NoMonitor {
+            other => Err(NoMonitor {
                 vm: self.name.clone(),
-                by: "a link of drover-vmm",
+                by: other.name(),
             }),
         }
     }

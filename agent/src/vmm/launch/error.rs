@@ -1,6 +1,7 @@
 //! What goes wrong in starting and ending VMMs.
 
 use crate::vmm::definition::DefinitionError;
+use crate::vmm::kvm_log::LinkClientError;
 use crate::vmm::process::ProcessError;
 use crate::vmm::qmp::QmpError;
 use crate::vmm::ram::RamError;
@@ -46,9 +47,9 @@ pub enum LaunchError {
         #[source]
         source: io::Error,
     },
-    /// QEMU did not start.
+    /// The VMM did not start.
     #[error("VM {vm}: {binary} did not start ({status}): {output}")]
-    Qemu {
+    NotStarted {
         /// The VM.
         vm: String,
         /// The binary.
@@ -63,7 +64,7 @@ pub enum LaunchError {
     WrongProcess {
         /// The process.
         pid: i32,
-        /// Pid file or QMP socket that led to it.
+        /// Pid file or socket that led to it.
         path: PathBuf,
         /// What is wrong with it.
         why: String,
@@ -71,9 +72,12 @@ pub enum LaunchError {
     /// The VMM's process cannot be held.
     #[error(transparent)]
     Process(#[from] ProcessError),
-    /// The VMM does not answer.
+    /// QEMU does not answer.
     #[error(transparent)]
     Qmp(#[from] QmpError),
+    /// Nor does another VMM, or its RAM is not what can be moved.
+    #[error(transparent)]
+    Link(#[from] LinkClientError),
 }
 
 pub(super) fn file_error(

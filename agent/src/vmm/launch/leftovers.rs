@@ -1,7 +1,7 @@
 //! What VMMs leave behind: files, and processes that nobody drives.
 
-use super::KILL_LIMIT;
 use super::error::{LaunchError, file_error};
+use super::{KILL_LIMIT, linked};
 use crate::vmm::definition::VmPaths;
 use crate::vmm::process::{ProcessError, VmProcess};
 use crate::vmm::ram::RamFile;
@@ -24,14 +24,19 @@ pub fn remove_files(paths: &VmPaths) {
 /// far they came: an agent that was killed may have left one without a monitor.
 fn leftovers(paths: &VmPaths) -> Vec<VmProcess> {
     let pidfile = paths.pidfile();
+    let mark = linked::mark(paths);
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    let parts = |pid: i32, file: &str| {
+        let bytes = fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        let parts = bytes.split(|b| *b == 0).map(<[u8]>::to_vec);
+        parts.collect::<Vec<_>>()
+    };
     let names_it = |pid: &i32| {
-        let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let arguments: Vec<&[u8]> = arguments.split(|b| *b == 0).collect();
-        arguments
+        let qemu = parts(*pid, "cmdline")
             .windows(2)
-            .any(|pair| pair[0] == b"-pidfile" && pair[1] == pidfile.as_os_str().as_bytes())
+            .any(|pair| pair[0] == b"-pidfile" && pair[1] == pidfile.as_os_str().as_bytes());
+        qemu || parts(*pid, "environ").contains(&mark)
     };
     pids.filter(names_it)
         .filter_map(|pid| VmProcess::open(pid).ok())

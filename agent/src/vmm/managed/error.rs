@@ -80,7 +80,7 @@ pub enum ManagedError {
     /// The process behind the socket may not be one.
     #[error(
         "VM {vm}: process {pid} at the other end of its migration's socket runs {exe}, which is not \
-         among `qemu_binaries` in agent.toml here"
+         among `qemu_binaries` and `vmm_binaries` in agent.toml here"
     )]
     Stranger {
         /// The VM.

@@ -34,6 +34,7 @@ pub use error::{ManagedError, PeerError};
 pub use source::SourceVm;
 pub use target::{Link, TargetVm};
 
+use super::definition::Kind;
 use super::launch::blocking;
 use super::process::VmProcess;
 use super::stream::ProcessRam;
@@ -58,6 +59,16 @@ pub struct ManagedFacts {
     pub dialect: Dialect,
     /// Dedup domain, as the operator gave it.
     pub domain: String,
+}
+
+impl ManagedFacts {
+    /// How the VM is moved.
+    pub fn kind(&self) -> Kind {
+        match self.dialect {
+            Dialect::Qemu { .. } => Kind::QemuManaged,
+            Dialect::CloudHypervisor { .. } => Kind::CloudHypervisor,
+        }
+    }
 }
 
 /// How a VM's VMM migrates.

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tests::pattern;
 
-pub const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 /// Pages that all guests have.
 const COMMON: u64 = 1024;
 /// Pages that only this one has.
@@ -28,10 +28,10 @@ const PAUSE: Duration = Duration::from_micros(500);
 /// See the module. RAM is a file, mapped once so that it is in this process's
 /// memory like any VMM's; the process itself reads and writes the file.
 #[derive(Debug)]
-pub struct Guest {
-    pub bytes: u64,
-    pub seed: u64,
-    pub file: File,
+pub(crate) struct Guest {
+    pub(crate) bytes: u64,
+    pub(crate) seed: u64,
+    pub(crate) file: File,
     /// Pages written since this was last taken.
     dirty: Mutex<BTreeSet<u64>>,
     tick: AtomicU64,
@@ -42,7 +42,7 @@ pub struct Guest {
 
 impl Guest {
     /// One that stands still, its RAM zero.
-    pub fn new(bytes: u64, seed: u64) -> Result<Arc<Guest>> {
+    pub(crate) fn new(bytes: u64, seed: u64) -> Result<Arc<Guest>> {
         let file = File::from(memfd_create("ch_ram", MFdFlags::MFD_CLOEXEC)?);
         file.set_len(bytes)?;
         let len = NonZeroUsize::try_from(bytes as usize)?;
@@ -64,7 +64,7 @@ impl Guest {
     }
 
     /// Content as after booting.
-    pub fn fill(&self) -> Result<()> {
+    pub(crate) fn fill(&self) -> Result<()> {
         for page in 0..COMMON + OWN {
             let seed = match page < COMMON {
                 true => page,
@@ -101,29 +101,29 @@ impl Guest {
     }
 
     /// Lets it run, or stand still: nothing is written any more then.
-    pub fn run(&self, run: bool) {
+    pub(crate) fn run(&self, run: bool) {
         *self.running.lock().expect("no thread panics") = run;
     }
 
-    pub fn is_running(&self) -> bool {
+    pub(crate) fn is_running(&self) -> bool {
         *self.running.lock().expect("no thread panics")
     }
 
-    pub fn tick(&self) -> u64 {
+    pub(crate) fn tick(&self) -> u64 {
         self.tick.load(SeqCst)
     }
 
-    pub fn set_tick(&self, tick: u64) {
+    pub(crate) fn set_tick(&self, tick: u64) {
         self.tick.store(tick, SeqCst);
     }
 
     /// The dirty log, which begins anew.
-    pub fn take_dirty(&self) -> BTreeSet<u64> {
+    pub(crate) fn take_dirty(&self) -> BTreeSet<u64> {
         std::mem::take(&mut *self.dirty.lock().expect("no thread panics"))
     }
 
     /// It is not wanted any more.
-    pub fn end(&self) {
+    pub(crate) fn end(&self) {
         self.ended.store(true, SeqCst);
     }
 }

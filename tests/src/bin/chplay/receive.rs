@@ -11,7 +11,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
 /// Takes one VM in. When it fails there is none.
-pub fn receive(listener: &UnixListener, vmm: &Vmm) -> Result<()> {
+pub(crate) fn receive(listener: &UnixListener, vmm: &Vmm) -> Result<()> {
     let (stream, _) = listener.accept()?;
     let mut guest = None;
     let taken = take(&stream, vmm, &mut guest);

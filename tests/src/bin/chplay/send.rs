@@ -19,7 +19,7 @@ const ROUNDS: usize = 200;
 const PIECE: u64 = 64;
 
 /// Sends the VM. When it fails, the guest may stand still.
-pub fn send(guest: &Guest, to: &UnixStream, local: bool) -> Result<()> {
+pub(crate) fn send(guest: &Guest, to: &UnixStream, local: bool) -> Result<()> {
     ask(to, wire::START, &[]).context("beginning")?;
     if local {
         memory_fd(guest, to)?;

@@ -1,5 +1,5 @@
 //! `kvmm`: a small VMM that embeds `drover-vmm`. It runs the lab's freestanding
-//! guests under KVM with one vCPU: RAM in a shared file, KVM's interrupt
+//! guests under KVM with one vCPU: RAM in a shared file or a memfd, KVM's interrupt
 //! controllers and timer, a serial port that writes a file, and one that takes
 //! commands. It can wait for a VM instead, and take it in.
 
@@ -13,6 +13,7 @@ use clap::Parser;
 use drover_vmm::{CallError, DirtyRings, Link, Region, Role, Vmm};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use serial::Serial;
 use std::fs::File;
 use std::io::{Read, Write};
@@ -27,9 +28,9 @@ struct Cli {
     /// Name of the VM, for `ps` and messages.
     #[arg(long)]
     name: String,
-    /// File that is guest RAM; made if it is not there.
+    /// File that is guest RAM, made if it is not there; without it RAM is a memfd.
     #[arg(long)]
-    ram: PathBuf,
+    ram: Option<PathBuf>,
     /// MiB of RAM, up to 3072: all of it below the hole for devices.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=3072))]
     ram_mib: u64,
@@ -79,13 +80,16 @@ fn main() -> Result<()> {
         ..Default::default()
     })?;
 
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&cli.ram)
-        .with_context(|| cli.ram.display().to_string())?;
+    let file = match &cli.ram {
+        Some(path) => File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .with_context(|| path.display().to_string())?,
+        None => memfd_create("guest-ram", MFdFlags::MFD_CLOEXEC)?.into(),
+    };
     let bytes = cli.ram_mib << 20;
     file.set_len(bytes)?;
     let host = map(&file, bytes)?;
