@@ -1,10 +1,10 @@
 //! The files that agents of the lab are configured with: everything that
 //! knows their formats is here.
 
-use crate::kvmm;
 use crate::qemu::{Guest, Places, QEMU};
 use crate::sandbox::Sandbox;
 use crate::topology::{Host, Lab, rack_prefix};
+use crate::{chplay, kvmm};
 use anyhow::{Context, Result, bail};
 use drover::config::ClusterSecret;
 use drover::gang::plant::Plant;
@@ -67,6 +67,8 @@ pub struct AgentFiles {
     pub run_dir: PathBuf,
     /// VMs' RAM files.
     pub ram_dir: PathBuf,
+    /// Sockets of VMs whose manager drives their migration.
+    pub transport: PathBuf,
     /// What it logs.
     pub log: PathBuf,
 }
@@ -82,6 +84,7 @@ impl AgentFiles {
             definitions: at("definitions"),
             run_dir: at("vms"),
             ram_dir: host.shm_dir.join("ram"),
+            transport: at("transport"),
             log: at("agent.log"),
         }
     }
@@ -136,7 +139,7 @@ fn config(
 ) -> String {
     let mut out = format!(
         "name = {:?}\nrack = {:?}\nlisten = \"{}:{PORT}\"\napi_socket = {:?}\nstate_dir = {:?}\n\
-         run_dir = {:?}\nram_dir = {:?}\nsecret_file = {:?}\nuplinks = [\"eth0\"]\n\
+         run_dir = {:?}\nram_dir = {:?}\ntransport_dir = {:?}\nsecret_file = {:?}\nuplinks = [\"eth0\"]\n\
          rack_prefixes = [{:?}]\npolicy = {:?}\nvm_definitions = {:?}\nqemu_binaries = [{QEMU:?}]\n\
          vmm_binaries = {:?}\ndata_memory = \"64 MiB\"\n\n[log]\nlevel = {:?}\n",
         host.name,
@@ -146,12 +149,16 @@ fn config(
         state,
         files.run_dir,
         files.ram_dir,
+        files.transport,
         pki_dir(lab).join(pki::SECRET_FILE),
         rack_prefix(host.rack),
         files.policy,
         files.definitions,
         // Not built by those who only need QEMU.
-        kvmm::binary().into_iter().collect::<Vec<_>>(),
+        [kvmm::binary(), chplay::binary()]
+            .into_iter()
+            .flatten()
+            .collect::<Vec<_>>(),
         options.log,
     );
     for peer in &lab.hosts {

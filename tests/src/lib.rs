@@ -7,6 +7,7 @@
 //! - [`qemu`] runs VMMs, [`qmp`] talks to them, [`agentcfg`] and [`drover`]
 //!   run agents and the `drover` command.
 //! - [`kvmm`] runs the small VMM of this package that has KVM's own dirty log.
+//! - [`chplay`] plays a Cloud Hypervisor; [`opened`] is `drover gang open`.
 //! - [`limit`] keeps waits from being endless.
 //! - [`stage`] and [`play`] are what end-to-end tests stand on.
 //! - [`check`] compares guest RAM and watches guests; [`tenant`] is the
@@ -18,6 +19,7 @@ pub mod cache;
 pub mod capture;
 pub mod chaos;
 pub mod check;
+pub mod chplay;
 pub mod cpu;
 pub mod demo;
 pub mod drover;
@@ -27,6 +29,7 @@ pub mod hostile;
 pub mod kvmm;
 pub mod limit;
 pub mod netns;
+pub mod opened;
 pub mod pattern;
 pub mod play;
 pub mod qemu;
