@@ -7,8 +7,7 @@
 //! of these does I/O. A source's VM runs on after an error or a closed
 //! connection, until the answer to *Complete* has gone out.
 //!
-//! No migration of a gang goes through it yet; see
-//! `docs/vmm-cloud-hypervisor.md`.
+//! Gangs move such VMs by [`super::managed`]; see `docs/vmm-cloud-hypervisor.md`.
 
 mod error;
 pub mod fuzz;

@@ -35,9 +35,9 @@ pub(in crate::vmm) enum Chunk {
 /// Where chunks go. They are not taken until all pages are in place.
 #[derive(Debug)]
 pub(in crate::vmm) struct Residue {
-    pub(super) to: UnboundedSender<Chunk>,
+    pub(in crate::vmm) to: UnboundedSender<Chunk>,
     /// Bytes that nobody has taken yet.
-    pub(super) held: Arc<AtomicUsize>,
+    pub(in crate::vmm) held: Arc<AtomicUsize>,
 }
 
 impl Residue {
