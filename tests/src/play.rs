@@ -126,12 +126,12 @@ impl Play {
         Self::with(|gang| gang.run_private(VM, &Guest::small_kvm(1)?, ENDS[0]))
     }
 
-    /// As [`Play::new`]; in `kvmm`, as a VM of kind `kvm-log`.
+    /// As [`Play::new`]; in `kvmm`, as a VM of kind `kvm-log`, with less to check.
     ///
     /// # Errors
     /// As [`Play::new`].
     pub fn linked(memory: Memory) -> Result<Play> {
-        Self::with(|gang| gang.run_linked(VM, &Guest::small_kvm(1)?, ENDS[0], memory))
+        Self::with(|gang| gang.run_linked(VM, &Guest::least_kvm(1)?, ENDS[0], memory))
     }
 
     fn with(start: impl FnOnce(&mut Gang) -> Result<()>) -> Result<Play> {

@@ -109,6 +109,24 @@ impl Guest {
         })
     }
 
+    /// One with less to write and to check: what is common is that of
+    /// [`Guest::small_kvm`].
+    ///
+    /// # Errors
+    /// When it cannot be built.
+    pub fn least_kvm(seed: u32) -> Result<Guest> {
+        Ok(Guest::Kvm {
+            elf: kvm::ensure()?,
+            ram_mib: 32,
+            work: KvmWork {
+                common_mib: 2,
+                own_mib: 0,
+                ws_mib: 1,
+                ..KvmWork::small(seed)
+            },
+        })
+    }
+
     /// RAM in bytes.
     pub fn ram_bytes(&self) -> u64 {
         match self {

@@ -46,6 +46,10 @@ impl Serial {
             .name("commands".into())
             .spawn(move || {
                 for client in listener.incoming().flatten() {
+                    // As QEMU does it: what the guest has not read of an earlier
+                    // client is dropped. A command is asked again and again, and
+                    // a slow guest should not do it as often.
+                    ports.lock().told.clear();
                     for byte in BufReader::new(client).bytes().map_while(Result::ok) {
                         let told = &mut ports.lock().told;
                         if told.len() < MOST {
