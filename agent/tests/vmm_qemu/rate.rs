@@ -1,5 +1,5 @@
-//! How much of QEMU's own rate the relay leaves, told side by side: figures are
-//! printed, and decide nothing.
+//! How much of QEMU's own rate the relay leaves, and what it adds to a guest's
+//! stop, told side by side: figures are printed, and decide nothing.
 
 use crate::harness::*;
 use crate::private::{Private, Role};
@@ -101,5 +101,51 @@ fn the_rate_through_the_relay_is_told_beside_that_without() {
             "best of {REPS}: QEMU into a reader that discards {without:.2} GB/s, through the relay {with:.2} GB/s: {:.0} %",
             100.0 * with / without
         );
+    });
+}
+
+/// One migration of a guest that writes all the while: how long it stood still,
+/// as the source says, in ms.
+async fn stop(through_the_relay: bool) -> u64 {
+    let host = Host::new();
+    let source = Private::start(&host, "source", Accel::Tcg, Role::Source).await;
+    let target = Private::start(&host, "target", Accel::Tcg, Role::Target).await;
+    source.at_work();
+    for qemu in [&source, &target] {
+        qemu.capabilities(&["return-path", "events"]).await;
+    }
+    source.parameter("max-bandwidth", 1 << 40).await;
+    let (near, far) = (host.dir.join("near"), host.dir.join("far"));
+    target.listen(&far).await;
+    let relaying = through_the_relay.then(|| {
+        let (connect, idle) = (LIMIT, LIMIT);
+        let relay = StreamRelay::offer("vm", &near, Limits { connect, idle }).unwrap();
+        let far = far.clone();
+        tokio::spawn(async move { relay.run(&far).await })
+    });
+    let at = if through_the_relay { &near } else { &far };
+    source.leave(at).await;
+    assert_eq!(source.over().await, MigrationStatus::Completed);
+    assert_eq!(target.over().await, MigrationStatus::Completed);
+    if let Some(relaying) = relaying {
+        relaying.await.unwrap().unwrap();
+    }
+    let info = source
+        .qmp
+        .execute("query-migrate", serde_json::Value::Null)
+        .await;
+    info.unwrap()["downtime"].as_u64().unwrap()
+}
+
+#[test]
+fn the_stop_through_the_relay_is_told_beside_that_without() {
+    run(async {
+        let mut stops = [Vec::new(), Vec::new()];
+        for rep in 0..6 {
+            stops[rep % 2].push(stop(rep % 2 == 1).await);
+        }
+        stops.iter_mut().for_each(|stops| stops.sort_unstable());
+        let [without, with] = stops;
+        println!("stops in ms: {without:?} without the relay, {with:?} through it");
     });
 }
