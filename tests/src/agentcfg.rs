@@ -66,6 +66,8 @@ pub struct AgentFiles {
     pub run_dir: PathBuf,
     /// VMs' RAM files.
     pub ram_dir: PathBuf,
+    /// Sockets of VMs whose manager drives their migration.
+    pub transport: PathBuf,
     /// What it logs.
     pub log: PathBuf,
 }
@@ -81,6 +83,7 @@ impl AgentFiles {
             definitions: at("definitions"),
             run_dir: at("vms"),
             ram_dir: host.shm_dir.join("ram"),
+            transport: at("transport"),
             log: at("agent.log"),
         }
     }
@@ -135,7 +138,7 @@ fn config(
 ) -> String {
     let mut out = format!(
         "name = {:?}\nrack = {:?}\nlisten = \"{}:{PORT}\"\napi_socket = {:?}\nstate_dir = {:?}\n\
-         run_dir = {:?}\nram_dir = {:?}\nsecret_file = {:?}\nuplinks = [\"eth0\"]\n\
+         run_dir = {:?}\nram_dir = {:?}\ntransport_dir = {:?}\nsecret_file = {:?}\nuplinks = [\"eth0\"]\n\
          rack_prefixes = [{:?}]\npolicy = {:?}\nvm_definitions = {:?}\nqemu_binaries = [{QEMU:?}]\n\
          data_memory = \"64 MiB\"\n\n[log]\nlevel = {:?}\n",
         host.name,
@@ -145,6 +148,7 @@ fn config(
         state,
         files.run_dir,
         files.ram_dir,
+        files.transport,
         pki_dir(lab).join(pki::SECRET_FILE),
         rack_prefix(host.rack),
         files.policy,
