@@ -303,7 +303,7 @@ impl Agent {
                 care: care.clone(),
                 live: live.clone(),
             }),
-            Leaver::Registered(vm) => Decides::Agents(Leaving {
+            Leaver::Registered(vm) => Decides::Agents(Box::new(Leaving {
                 caller,
                 journal: self.journal.clone(),
                 moments,
@@ -321,7 +321,7 @@ impl Agent {
                 care: care.clone(),
                 watcher: live.clone(),
                 why: String::new(),
-            }),
+            })),
         }
     }
 

@@ -199,7 +199,10 @@ impl SourceVm {
         let answering = async {
             let shut = answers(from_target, &socket).await;
             match shut.map_err(|source| self.not_forwarded(source))? {
-                (0, bytes) => Ok(*self.shut() = Some(bytes)),
+                (0, bytes) => {
+                    *self.shut() = Some(bytes);
+                    Ok(())
+                }
                 _ => Err(ManagedError::NotLoaded {
                     vm: self.facts.name.clone(),
                 }),
