@@ -8,6 +8,7 @@
 //!   run agents and the `drover` command.
 //! - [`kvmm`] runs the small VMM of this package that has KVM's own dirty log.
 //! - [`chplay`] plays a Cloud Hypervisor; [`opened`] is `drover gang open`.
+//! - [`libvirt`] runs Debian's libvirt on the hosts.
 //! - [`limit`] keeps waits from being endless.
 //! - [`stage`] and [`play`] are what end-to-end tests stand on.
 //! - [`check`] compares guest RAM and watches guests; [`tenant`] is the
@@ -27,6 +28,7 @@ pub mod gang;
 pub mod guest;
 pub mod hostile;
 pub mod kvmm;
+pub mod libvirt;
 pub mod limit;
 pub mod netns;
 pub mod opened;

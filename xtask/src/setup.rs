@@ -30,6 +30,11 @@ const PACKAGES: &[&str] = &[
     "iproute2",
     // the meter's tests look at what is attached
     "bpftool",
+    // VMs of libvirt's: not libvirt-daemon-system, which would start services
+    // and make users; the tests start daemons of their own
+    "libvirt-daemon",
+    "libvirt-daemon-driver-qemu",
+    "libvirt-clients",
 ];
 
 /// To build for `bpfel-unknown-none` where there is no nightly with rust-src.

@@ -305,7 +305,7 @@ impl Agent {
                 care: care.clone(),
                 live: live.clone(),
             }),
-            Leaver::Registered(vm) => Decides::Agents(Leaving {
+            Leaver::Registered(vm) => Decides::Agents(Box::new(Leaving {
                 caller,
                 journal: self.journal.clone(),
                 moments,
@@ -323,7 +323,7 @@ impl Agent {
                 care: care.clone(),
                 watcher: live.clone(),
                 why: String::new(),
-            }),
+            })),
         }
     }
 

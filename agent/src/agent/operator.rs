@@ -48,7 +48,10 @@ impl Agent {
                 gang,
                 request,
                 reply,
-            } => drop(reply.send(Ok(self.withdraw(&gang, &request.vms)))),
+            } => {
+                self.withdraw(&gang, &request.vms);
+                drop(reply.send(Ok(())));
+            }
             ApiCall::StartMigration { request, reply } => {
                 drop(reply.send(self.start_migration(request).await));
             }

@@ -10,6 +10,7 @@ pub mod access;
 mod call;
 pub mod client;
 pub mod metrics;
+mod offers;
 mod peer;
 mod routes;
 mod server;

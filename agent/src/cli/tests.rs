@@ -54,6 +54,8 @@ fn the_command_lines_of_the_documents_are_understood() {
         "drover migrate plan.toml --profile urgent --json --dry-run --align",
         "drover migrate plan.toml --downtime-limit 100 --verify full --compress never",
         "drover cancel web --vm web1",
+        "drover gang open evac --to b1 --domain tenant-a --vm g1 --vm g2 --wait 10m",
+        "drover gang open evac --to b1 --domain t --vm g1 --wait-for 1 --with p.toml --json",
         "drover config check agent.toml --file-only",
         "drover policy check policy.toml",
         "drover secret init secret",
@@ -69,6 +71,9 @@ fn the_command_lines_of_the_documents_are_understood() {
         "drover migrate",
         "drover migrate p --downtime-limit 0",
         "drover vm adopt x",
+        "drover gang open evac --to b1 --domain t",
+        "drover gang open evac --to b1 --domain t --vm g1 --wait 10",
+        "drover gang open evac --to b1 --domain t --vm g1 --wait 0s",
     ] {
         let error = Cli::try_parse_from(line.split(' ')).unwrap_err();
         assert_eq!(error.exit_code(), 2, "{line}");

@@ -409,7 +409,6 @@ pub(super) fn host(root: &Section<'_, '_>, draft: &Draft) {
         ("state_dir", &draft.state_dir),
         ("run_dir", &draft.run_dir),
         ("ram_dir", &draft.ram_dir),
-        ("transport_dir", &draft.transport_dir),
     ];
     for (key, dir) in makes {
         if let Some(dir) = dir {

@@ -56,10 +56,11 @@ pub async fn borrowed_facts(
     let GangResponse::Source(mut facts) = ask(identity, host, &request).await? else {
         bail!("{host} says nothing of {theirs}");
     };
-    let (VmFacts::QemuDirect(known) | VmFacts::QemuStream(known)) = &mut facts.vmm else {
-        bail!("{theirs} is no QEMU");
-    };
-    known.name = vm.to_owned();
+    match &mut facts.vmm {
+        VmFacts::QemuDirect(known) | VmFacts::QemuStream(known) => known.name = vm.to_owned(),
+        VmFacts::Managed(known) => known.name = vm.to_owned(),
+        VmFacts::KvmLog(_) => bail!("{theirs} is no QEMU"),
+    }
     let quoted = |name: &str| format!("name = {name:?}");
     facts.definition = facts.definition.replace(&quoted(theirs), &quoted(vm));
     Ok(facts)

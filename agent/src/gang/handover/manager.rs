@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long the manager may take to decide before the VM counts as in doubt.
-const DECIDE_LIMIT: Duration = Duration::from_secs(30);
+const DECIDE_LIMIT: Duration = Duration::from_secs(60);
 /// How often the source's VMM is looked at.
 const LOOK: Duration = Duration::from_millis(20);
 /// How long the target agent may take to answer.
@@ -88,7 +88,6 @@ impl<C: Caller> Managers<C> {
         self.care
             .enter("complete: its manager lets it run at the target");
         self.live.entered(Source::Ending, "");
-        self.moments.reach(Moment::Committed, &self.vm).await;
         let until = Instant::now() + DECIDE_LIMIT;
         while self.source.process().is_alive() {
             if Instant::now() > until {

@@ -71,7 +71,7 @@ const HOLD_LIMIT: Duration = Duration::from_secs(30);
 /// everything, or when it cannot have it.
 pub enum Decides<C> {
     /// The two agents, by their journals.
-    Agents(Leaving<C>),
+    Agents(Box<Leaving<C>>),
     /// The VM's manager.
     Manager(Managers<C>),
 }

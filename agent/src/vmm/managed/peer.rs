@@ -30,10 +30,14 @@ const LOOK: Duration = Duration::from_millis(20);
 /// The only process that holds the other end of `socket`; waits for it to be the
 /// only one, and for the other end to be accepted.
 pub(super) fn holder(socket: impl AsFd, limit: Duration) -> Result<VmProcess, PeerError> {
-    let inode = peer_inode(socket)?;
     let until = Instant::now() + limit;
     loop {
-        let found = holders(inode).map_err(PeerError::Proc)?;
+        // An end that has not been accepted has none yet.
+        let inode = peer_inode(&socket)?;
+        let found = match inode {
+            0 => Vec::new(),
+            inode => holders(inode).map_err(PeerError::Proc)?,
+        };
         if let [pid] = found[..] {
             let process = VmProcess::open(pid)?;
             // What was opened by number is what was looked at before.
@@ -190,6 +194,29 @@ mod tests {
             .read_to_string(&mut said)
             .unwrap();
         assert_eq!(said, "hello");
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn an_end_that_is_accepted_late_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("g1.sock");
+        // Its own holder does not count: the end of a child's does.
+        let listener = UnixListener::bind(&path).unwrap();
+        let opened = UnixStream::connect(&path).unwrap();
+        let accepting = std::thread::spawn(move || {
+            std::thread::sleep(4 * LOOK);
+            let (accepted, _) = listener.accept().unwrap();
+            Command::new("cat")
+                .stdin(Stdio::from(std::os::fd::OwnedFd::from(accepted)))
+                .stdout(Stdio::null())
+                .spawn()
+                .unwrap()
+        });
+        let found = holder(&opened, LIMIT).unwrap();
+        drop(opened);
+        let mut child = accepting.join().unwrap();
+        assert_eq!(found.pid(), child.id() as i32);
         child.wait().unwrap();
     }
 

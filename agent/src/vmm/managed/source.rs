@@ -287,7 +287,10 @@ impl SourceVm {
         let answering = async {
             let shut = answers(from_target, socket).await;
             match shut.map_err(|source| self.not_forwarded(source))? {
-                (0, bytes) => Ok(*self.loaded() = Some(Loaded::Shut(bytes))),
+                (0, bytes) => {
+                    *self.loaded() = Some(Loaded::Shut(bytes));
+                    Ok(())
+                }
                 _ => Err(self.not_loaded()),
             }
         };
@@ -473,6 +476,49 @@ async fn watch(socket: UnixStream, feed: Arc<Feed>) {
             }
             Ok(_) => tokio::time::sleep(LOOK).await,
             Err(error) => return feed.fail(&error.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::qemu_stream::samples::message;
+    use std::io::Read;
+    use tokio::io::AsyncWriteExt;
+
+    /// Until SHUT is handed on, QEMU can be told by closing the socket that
+    /// nothing came of it.
+    #[tokio::test]
+    async fn answers_go_back_as_they_come_and_shut_is_kept() {
+        let (agent, mut qemu) = UnixStream::pair().unwrap();
+        let (mut target, from_target) = tokio::io::duplex(64);
+        let pong = message(2, &[0, 0, 0, 3]);
+        let shut = message(1, &[0; 4]);
+        let said = [pong.clone(), shut.clone()].concat();
+        let saying = tokio::spawn(async move {
+            for byte in said {
+                target.write_all(&[byte]).await.unwrap();
+            }
+            target
+        });
+        let (value, kept) = answers(from_target, &agent).await.unwrap();
+        assert_eq!((value, kept), (0, shut));
+        drop(saying.await.unwrap());
+        drop(agent);
+        let mut heard = Vec::new();
+        qemu.read_to_end(&mut heard).unwrap();
+        assert_eq!(heard, pong);
+    }
+
+    #[tokio::test]
+    async fn a_target_that_ends_or_talks_nonsense_has_not_got_it_all() {
+        let (agent, _qemu) = UnixStream::pair().unwrap();
+        for said in [message(2, &[0; 4]), message(1, &[0; 9]), Vec::new()] {
+            let (mut target, from_target) = tokio::io::duplex(64);
+            target.write_all(&said).await.unwrap();
+            drop(target);
+            assert!(answers(from_target, &agent).await.is_err(), "{said:?}");
         }
     }
 }

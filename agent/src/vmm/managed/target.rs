@@ -270,3 +270,60 @@ impl AsyncWrite for Overheard<'_> {
         Pin::new(&mut self.socket).poll_shutdown(cx)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::qemu_stream::samples::message;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    fn link() -> (Arc<Link>, UnixStream) {
+        let (agent, vmm) = std::os::unix::net::UnixStream::pair().unwrap();
+        for end in [&agent, &vmm] {
+            end.set_nonblocking(true).unwrap();
+        }
+        let link = Link {
+            vm: "g1".to_owned(),
+            closer: agent.try_clone().unwrap(),
+            socket: Mutex::new(Some(UnixStream::from_std(agent).unwrap())),
+            shut: watch::channel(None).0,
+        };
+        (Arc::new(link), UnixStream::from_std(vmm).unwrap())
+    }
+
+    #[tokio::test]
+    async fn shut_is_heard_and_passed_on_and_the_source_may_hang_up_then() {
+        let (link, mut vmm) = link();
+        let (mut source, played) = tokio::io::duplex(4096);
+        let playing = link.clone();
+        let playing = tokio::spawn(async move { playing.play(played, LIMIT, LIMIT).await });
+        source.write_all(b"device state").await.unwrap();
+        let mut got = [0; 12];
+        vmm.read_exact(&mut got).await.unwrap();
+        assert_eq!(&got, b"device state");
+        let said = [message(2, &[0; 4]), message(1, &[0; 4])].concat();
+        vmm.write_all(&said).await.unwrap();
+        drop(vmm);
+        let mut heard = vec![0; said.len()];
+        source.read_exact(&mut heard).await.unwrap();
+        assert_eq!(heard, said);
+        drop(source);
+        playing.await.unwrap().unwrap();
+        assert_eq!(*link.shut.borrow(), Some(0));
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_ends_without_shut_has_not_got_it_all() {
+        let (link, vmm) = link();
+        let (source, played) = tokio::io::duplex(4096);
+        drop((vmm, source));
+        let _ended = link.play(played, LIMIT, LIMIT).await;
+        assert_ne!(*link.shut.borrow(), Some(0));
+        assert!(link.shut.borrow().is_some());
+        // There is one connection, for one stream.
+        let (_source, played) = tokio::io::duplex(64);
+        assert!(link.play(played, LIMIT, LIMIT).await.is_err());
+    }
+}

@@ -108,3 +108,46 @@ fn whoever_waits_hears_of_the_end() {
         Stand::Over("its QEMU has ended".to_owned())
     );
 }
+
+/// What QEMU thinks it can send in the downtime is never more than can be, nor
+/// more than is left of the first pass: so it stops no guest too early.
+#[test]
+fn a_qemu_that_stops_the_guest_by_itself_is_not_read_too_fast() {
+    let pace = Pace {
+        bytes_per_s: 64e6,
+        downtime: Duration::from_millis(300),
+    };
+    let takes_for_sendable = |left: u64| pace.rate(left) * pace.downtime.as_secs_f64();
+    for left in [1 << 40, 64 << 30, 1 << 30, 200 << 20] {
+        assert!(takes_for_sendable(left) < left as f64 / 3.0, "{left}");
+    }
+    for left in [0, 1 << 20, 50 << 20] {
+        assert_eq!(takes_for_sendable(left), 64e6 * 0.3, "{left}");
+    }
+
+    // A second of reading in pieces takes its second, but not when the guest
+    // stands still.
+    let feed = Arc::new(Feed::paced("web1", 64));
+    let mut pages = StreamPages::new(feed.clone(), Arc::new(NoRam(64)), false);
+    assert!(pages.stops_alone());
+    pages.set_pace(Pace {
+        bytes_per_s: 4e6,
+        downtime: Duration::from_millis(300),
+    });
+    taken(&mut pages);
+    let begun = Instant::now();
+    for piece in 0..4u32 {
+        feed.report(&gfns(&[60 + piece]), 100_000).unwrap();
+        taken(&mut pages);
+        pages.staged();
+    }
+    // The first is free.
+    assert!(
+        begun.elapsed() >= Duration::from_millis(70),
+        "{:?}",
+        begun.elapsed()
+    );
+    feed.report(&gfns(&[63]), 400_000_000).unwrap();
+    feed.stands_still(Instant::now());
+    feed.report(&gfns(&[63]), 1).unwrap();
+}
