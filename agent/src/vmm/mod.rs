@@ -13,8 +13,9 @@
 //! QEMU in *stream mode* is in [`stream`]: RAM in the VMM's own memory, QEMU's
 //! migration stream, read by [`qemu_stream`], as the dirty log.
 //!
-//! No gang uses [`kvm_log`] yet, for VMMs that answer KVM's own dirty log, nor
-//! [`cloud_hypervisor`], the migration protocol of that VMM.
+//! VMMs that embed `drover-vmm` and answer KVM's own dirty log are in [`kvm_log`].
+//!
+//! No gang uses [`cloud_hypervisor`] yet, the migration protocol of that VMM.
 
 pub mod cloud_hypervisor;
 pub mod definition;
