@@ -44,6 +44,7 @@ pub fn seeds(repository: &Path) -> Vec<Seed> {
         ("config_files", "policy.toml"),
         ("vm_files", "plans/web.toml"),
         ("vm_files", "vms/web1.toml"),
+        ("vm_files", "vms/k1.toml"),
     ] {
         let path = repository.join("configs").join(file);
         let name = path.file_name().expect("a file").to_string_lossy();

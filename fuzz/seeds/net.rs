@@ -15,6 +15,7 @@ use drover::net::{Hello, Kind};
 use drover::pace::report::{Load, LoadReport};
 use drover::types::{Fingerprint, HolderId, PAGE_SIZE};
 use drover::vmm::kinds::VmFacts;
+use drover::vmm::kvm_log::{LinkedFacts, RamPart};
 use drover::vmm::preflight::QemuFacts;
 use drover::vmm::qmp::Version;
 use serde::Serialize;
@@ -83,6 +84,23 @@ fn facts() -> SourceFacts {
         }),
         data_bytes: 300 << 20,
         definition: "name = \"web1\"\n".to_owned(),
+    }
+}
+
+fn linked_facts() -> SourceFacts {
+    let part = |gpa, offset| RamPart {
+        gpa,
+        len: 1 << 30,
+        offset,
+    };
+    SourceFacts {
+        vmm: VmFacts::KvmLog(LinkedFacts {
+            name: "k1".to_owned(),
+            ram_bytes: 2 << 30,
+            parts: vec![part(0, 0), part(1 << 32, 1 << 30)],
+        }),
+        data_bytes: 300 << 20,
+        definition: "name = \"k1\"\n".to_owned(),
     }
 }
 
@@ -204,6 +222,7 @@ fn rpc(add: Add<'_>) {
     let responses = [
         ("done", GangResponse::Done),
         ("source", GangResponse::Source(facts())),
+        ("source-linked", GangResponse::Source(linked_facts())),
         ("progress", GangResponse::Progress(vec![state])),
         (
             "sealed",

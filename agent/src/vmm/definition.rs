@@ -1,6 +1,7 @@
 //! VM definitions: one TOML text that means the same VM on every host. It
 //! travels from source to target; what differs between hosts is left to
-//! placeholders and filled in where the VMM is started.
+//! placeholders and filled in where the VMM is started. `[qemu]` says what to
+//! start, or `[vmm]` for a VMM that embeds `drover-vmm`.
 //!
 //! ```
 //! use drover::vmm::definition::Definition;

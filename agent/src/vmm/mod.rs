@@ -15,8 +15,9 @@
 //! whose manager drives its migration is in [`managed`]: the same, without a
 //! monitor.
 //!
-//! No gang uses [`kvm_log`] yet, for VMMs that answer KVM's own dirty log, nor
-//! [`cloud_hypervisor`], the migration protocol of that VMM.
+//! VMMs that embed `drover-vmm` and answer KVM's own dirty log are in [`kvm_log`].
+//!
+//! No gang uses [`cloud_hypervisor`] yet, the migration protocol of that VMM.
 
 pub mod cloud_hypervisor;
 pub mod definition;

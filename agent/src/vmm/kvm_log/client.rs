@@ -17,7 +17,12 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How long a VMM may take for one message.
+const LIMIT: Duration = Duration::from_secs(10);
+/// The same where it may have much to do: pausing drains its devices.
+const LONG_LIMIT: Duration = Duration::from_secs(30);
 
 /// A connection to a VMM that embeds `drover-vmm`. When it is dropped the VMM
 /// switches the log off; a guest that runs runs on, one that stands stays so.
@@ -149,7 +154,7 @@ impl LinkClient {
     pub fn round(&self, f: &mut dyn FnMut(Range<Gfn>)) -> Asked<ScanStats> {
         let begun = Instant::now();
         let mut reader = RoundReader::new(&self.regions);
-        let mut session = self.session("reading the dirty log")?;
+        let mut session = self.session("reading the dirty log", LIMIT)?;
         session.send(&Request::Round)?;
         let pages = loop {
             let said = |what| self.mistaken("reading the dirty log", what);
@@ -200,7 +205,7 @@ impl LinkClient {
     /// # Errors
     /// `out` does not have all of it.
     pub fn save_state(&self, out: &mut dyn Write) -> Asked<u64> {
-        let mut session = self.session("saving its state")?;
+        let mut session = self.session("saving its state", LONG_LIMIT)?;
         session.send(&Request::SaveState)?;
         let (mut total, mut failed) = (0, None);
         let announced = loop {
@@ -239,7 +244,7 @@ impl LinkClient {
     /// # Errors
     /// The VMM can only be ended then.
     pub fn load_state(&self, state: &mut dyn Read) -> Asked<u64> {
-        let mut session = self.session("taking in its state")?;
+        let mut session = self.session("taking in its state", LONG_LIMIT)?;
         session.send(&Request::LoadState)?;
         let mut chunk = vec![0; MAX_CHUNK];
         let mut total = 0;
@@ -272,7 +277,7 @@ impl LinkClient {
     }
 
     /// Nobody else asks for as long as this is held.
-    fn session(&self, doing: &'static str) -> Asked<Session<'_>> {
+    fn session(&self, doing: &'static str, limit: Duration) -> Asked<Session<'_>> {
         let connection = self.connection.lock();
         let mut held = connection.unwrap_or_else(PoisonError::into_inner);
         if held.is_none() {
@@ -286,11 +291,13 @@ impl LinkClient {
             }
             *held = Some(greeting.connection);
         }
-        Ok(Session {
+        let mut session = Session {
             vm: &self.vm,
             doing,
             held,
-        })
+        };
+        session.limit(limit)?;
+        Ok(session)
     }
 
     fn done(&self, doing: &'static str, request: &Request<'_>) -> Asked<()> {
@@ -305,7 +312,11 @@ impl LinkClient {
         request: &Request<'_>,
         f: impl FnOnce(&Answer<'_>) -> Option<T>,
     ) -> Asked<T> {
-        let mut session = self.session(doing)?;
+        let limit = match request {
+            Request::Pause => LONG_LIMIT,
+            _ => LIMIT,
+        };
+        let mut session = self.session(doing, limit)?;
         session.send(request)?;
         session.hear(|answer| f(answer).ok_or_else(|| wrong(&self.vm, doing, answer)))
     }

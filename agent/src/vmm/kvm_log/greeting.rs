@@ -4,8 +4,8 @@ use super::client::Asked;
 use super::error::LinkClientError;
 use super::session::wrong;
 use crate::types::PAGE_SIZE;
+use drover_vmm::Connection;
 use drover_vmm::wire::{Answer, LogKind, RegionInfo, Request};
-use drover_vmm::{Connection, ConnectionError};
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
@@ -13,8 +13,6 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How long a VMM may take for one message: pausing drains its devices.
-const LIMIT: Duration = Duration::from_secs(30);
 /// How long for the first: it may have to see first that an agent has died, in
 /// the middle of what that had asked.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
@@ -73,8 +71,6 @@ impl Greeting {
         }
         let file = File::from(fds.remove(0));
         let len = covered(&regions).map_err(layout)?;
-        let limited = connection.set_limit(LIMIT);
-        limited.map_err(|e| broke(ConnectionError::from(e)))?;
         Ok(Greeting {
             connection,
             log,

@@ -6,6 +6,7 @@ use super::error::LinkClientError;
 use drover_vmm::wire::{Answer, Request};
 use drover_vmm::{Connection, ConnectionError};
 use std::sync::MutexGuard;
+use std::time::Duration;
 
 /// The connection, while one request is under way. If it breaks, it is closed:
 /// what is still to come would be taken for the next answer.
@@ -16,6 +17,13 @@ pub(super) struct Session<'a> {
 }
 
 impl Session<'_> {
+    /// How long the VMM may take for each message.
+    pub(super) fn limit(&mut self, limit: Duration) -> Asked<()> {
+        let connection = self.held.as_ref().ok_or(ConnectionError::Closed);
+        let limited = connection.and_then(|c| Ok(c.set_limit(limit)?));
+        limited.map_err(|source| self.broke(source))
+    }
+
     /// Sends a request, or a part of one.
     pub(super) fn send(&mut self, request: &Request<'_>) -> Asked<()> {
         let connection = self.held.as_mut().ok_or(ConnectionError::Closed);

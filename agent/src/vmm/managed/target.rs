@@ -286,6 +286,7 @@ mod tests {
         }
         let link = Link {
             vm: "g1".to_owned(),
+            qemu: true,
             closer: agent.try_clone().unwrap(),
             socket: Mutex::new(Some(UnixStream::from_std(agent).unwrap())),
             shut: watch::channel(None).0,
