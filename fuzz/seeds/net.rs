@@ -94,6 +94,7 @@ fn linked_facts() -> SourceFacts {
         offset,
     };
     SourceFacts {
+        unfit: Vec::new(),
         vmm: VmFacts::KvmLog(LinkedFacts {
             name: "k1".to_owned(),
             ram_bytes: 2 << 30,

@@ -6,6 +6,7 @@
 use crate::cache;
 use crate::guest::{self, LINUX_RAM_KIB};
 use crate::limit;
+use crate::qemu::Guest;
 use crate::serial::Serial;
 use crate::topology::Host;
 use anyhow::{Context, Result, bail};
@@ -228,36 +229,64 @@ impl Libvirtd {
     /// # Errors
     /// When libvirt refuses it.
     pub fn create(&self, name: &str, seed: u32) -> Result<()> {
+        let files = guest::linux_files()?;
+        let boot = format!(
+            "<kernel>{}</kernel><initrd>{}</initrd>\
+             <cmdline>console=ttyS0 loglevel=3 lab.seed={seed} lab.workload=idle</cmdline>",
+            files.kernel.display(),
+            files.initrd.display()
+        );
+        let disk = format!(
+            "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{}'/>\
+             <target dev='vda' bus='virtio'/><readonly/><shareable/></disk>",
+            files.common.display()
+        );
+        self.start_vm(
+            name,
+            &self.domain(name, "qemu", LINUX_RAM_KIB, &boot, &disk),
+        )
+    }
+
+    /// The same with the lab's freestanding guest under KVM.
+    ///
+    /// # Errors
+    /// When it is not one, or libvirt refuses it.
+    pub fn create_kvm(&self, name: &str, guest: &Guest) -> Result<()> {
+        let Guest::Kvm { elf, ram_mib, work } = guest else {
+            bail!("it is to run under KVM: {guest:?}");
+        };
+        let boot = format!(
+            "<kernel>{}</kernel><cmdline>{}</cmdline>",
+            elf.display(),
+            work.cmdline()
+        );
+        let kib = u64::from(*ram_mib) << 10;
+        self.start_vm(name, &self.domain(name, "kvm", kib, &boot, ""))
+    }
+
+    fn start_vm(&self, name: &str, domain: &str) -> Result<()> {
         let xml = self.dir.join(format!("{name}.xml"));
-        fs::write(&xml, self.domain(name, seed)?)?;
+        fs::write(&xml, domain)?;
         let file = xml.display().to_string();
         cache::run(&mut self.command(&["create", &file]))
             .with_context(|| self.log())
             .map(drop)
     }
 
-    fn domain(&self, name: &str, seed: u32) -> Result<String> {
-        let files = guest::linux_files()?;
+    fn domain(&self, name: &str, accel: &str, kib: u64, boot: &str, devices: &str) -> String {
         let guests = self.shared.join("guests");
-        Ok(format!(
-            "<domain type='qemu'><name>{name}</name><memory unit='KiB'>{LINUX_RAM_KIB}</memory>\
-             <vcpu>1</vcpu><os><type arch='x86_64' machine='pc'>hvm</type>\
-             <kernel>{kernel}</kernel><initrd>{initrd}</initrd>\
-             <cmdline>console=ttyS0 loglevel=3 lab.seed={seed} lab.workload=idle</cmdline></os>\
+        format!(
+            "<domain type='{accel}'><name>{name}</name><memory unit='KiB'>{kib}</memory>\
+             <vcpu>1</vcpu><os><type arch='x86_64' machine='pc'>hvm</type>{boot}</os>\
              <features><acpi/></features><on_poweroff>destroy</on_poweroff>\
              <on_crash>destroy</on_crash><devices>\
-             <emulator>/usr/bin/qemu-system-x86_64</emulator>\
-             <disk type='file' device='disk'><driver name='qemu' type='raw'/>\
-             <source file='{disk}'/><target dev='vda' bus='virtio'/><readonly/><shareable/></disk>\
+             <emulator>/usr/bin/qemu-system-x86_64</emulator>{devices}\
              <controller type='usb' model='none'/><memballoon model='none'/>\
              <serial type='file'><source path='{guests}/{name}.serial' append='on'/></serial>\
              <serial type='unix'><source mode='bind' path='{guests}/{name}.ctl'/></serial>\
              </devices></domain>",
-            kernel = files.kernel.display(),
-            initrd = files.initrd.display(),
-            disk = files.common.display(),
             guests = guests.display(),
-        ))
+        )
     }
 
     /// What the guest of a VM says while it runs here.

@@ -2,14 +2,13 @@
 //! streams. With the real libvirt and two of its daemons.
 
 use anyhow::{Context, Result, ensure};
-use drover::api::types::{GangReport, Outcome};
+use drover::api::types::Outcome;
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
 use std::time::Duration;
 use tests::check::HoldWatcher;
 use tests::libvirt::{Libvirtd, VirshMigrate};
-use tests::limit;
+use tests::opened::{Opened, connected};
 use tests::play::until;
 use tests::stage::Stage;
 
@@ -24,17 +23,6 @@ const COMMON_PAGES: u64 = 4096;
 struct Hosts {
     stage: Stage,
     libvirt: [Libvirtd; 2],
-}
-
-/// `drover gang open`, running.
-struct Opened {
-    command: Option<Child>,
-}
-
-struct Ended {
-    code: Option<i32>,
-    report: Option<GangReport>,
-    said: String,
 }
 
 impl Hosts {
@@ -60,26 +48,10 @@ impl Hosts {
         Ok(Hosts { stage, libvirt })
     }
 
-    /// Opens a gang at the agent of `ENDS[from]` and waits until its sockets are
-    /// there.
+    /// Opens a gang at the agent of `ENDS[from]`.
     fn open(&self, from: usize, vms: &[&str], more: &[&str]) -> Result<Opened> {
         let agent = self.stage.cluster.agent(ENDS[from]);
-        let mut command = agent.command(&["gang", "open", "evac", "--domain", "lab", "--json"])?;
-        command
-            .args(["--to", ENDS[1 - from], "--wait", "60s"])
-            .args(more);
-        for vm in vms {
-            command.args(["--vm", vm]);
-        }
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let opened = Opened {
-            command: Some(command.spawn()?),
-        };
-        until("the sockets", || {
-            let all = vms.iter().all(|vm| self.socket(from, vm).exists());
-            Ok(all.then_some(()))
-        })?;
-        Ok(opened)
+        Opened::start(agent, ENDS[1 - from], vms, more)
     }
 
     fn socket(&self, at: usize, vm: &str) -> PathBuf {
@@ -89,20 +61,6 @@ impl Hosts {
 
     fn migrate(&self, from: usize, vm: &str) -> Result<VirshMigrate> {
         self.libvirt[from].migrate(vm, &self.libvirt[1 - from])
-    }
-
-    /// Waits until the VM's QEMU has connected and waits.
-    fn connected(&self, at: usize, vm: &str) -> Result<()> {
-        let agent = self.stage.cluster.agent(ENDS[at]);
-        until(&format!("{vm} to come"), || {
-            let list = agent.run(&["vm", "list", "--json"])?;
-            let list = String::from_utf8_lossy(&list.stdout).into_owned();
-            let vms: Vec<drover::api::types::VmInfo> = serde_json::from_str(&list)?;
-            let come = vms
-                .iter()
-                .any(|of| of.name == vm && of.status == "connected");
-            Ok(come.then_some(()))
-        })
     }
 
     /// Both VMs run at `ENDS[at]` and nowhere else, and nothing is left of their
@@ -116,30 +74,6 @@ impl Hosts {
             ensure!(!left.exists(), "{} is left", left.display());
         }
         Ok(())
-    }
-}
-
-impl Opened {
-    fn end(mut self) -> Result<Ended> {
-        let child = self.command.take().context("waited for already")?;
-        let output = limit::output(child, limit::COMMAND).context("drover gang open")?;
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        // The offers, and then the report.
-        let report = text.lines().nth(1).map(serde_json::from_str).transpose()?;
-        Ok(Ended {
-            code: output.status.code(),
-            report,
-            said: format!("{text}{}", String::from_utf8_lossy(&output.stderr)),
-        })
-    }
-}
-
-impl Drop for Opened {
-    fn drop(&mut self) {
-        if let Some(mut child) = self.command.take() {
-            let _gone = child.kill();
-            let _ = child.wait();
-        }
     }
 }
 
@@ -178,7 +112,7 @@ fn libvirts_vms_move_as_one_gang_and_stay_when_it_fails() -> Result<()> {
     // Back: one never comes, and the other's operator gives it up.
     let opened = hosts.open(1, &VMS, &["--wait-for", "2"])?;
     let virsh = hosts.migrate(1, "g1")?;
-    hosts.connected(1, "g1")?;
+    connected(hosts.stage.cluster.agent(ENDS[1]), "g1")?;
     hosts.libvirt[1].virsh(&["domjobabort", "g1"])?;
     let (arrived, _) = virsh.end()?;
     let ended = opened.end()?;
