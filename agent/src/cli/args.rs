@@ -145,6 +145,9 @@ pub enum GangCommand {
     ///
     /// Prints for each VM what `virsh migrate --migrateuri` is to be told, then
     /// waits. Ctrl-C withdraws the sockets, and later is heard as by `migrate`.
+    #[command(
+        override_usage = "drover gang open <GANG> --to <AGENT> --domain <NAME> --vm <NAME>..."
+    )]
     Open(GangOpen),
     /// Take over a gang whose coordinator has died; at the agent of any of its
     /// hosts. Waits until its VMs have arrived; Ctrl-C is heard as by `migrate`.

@@ -194,7 +194,7 @@ mod tests {
                 .await
                 .contains("--parallel")
         );
-        assert!(said(&[0x16, 3, 1, 0]).await.contains("TLS"));
+        assert!(said(&[0x16, 3, 1, 0]).await.contains("by QEMU"));
         assert!(said(b"QEVM").await.contains("closed"));
         assert!(said(b"HTTP/1.1").await.contains("magic"));
     }
