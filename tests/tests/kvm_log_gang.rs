@@ -7,7 +7,6 @@ use drover::gang::moments::Moment;
 use tests::agentcfg::Memory;
 use tests::play::{BESIDE, Play};
 use tests::qemu::Guest;
-use tests::save;
 use tests::stage::Stage;
 
 /// RAM that QEMU maps and the agent watches, RAM in a file and RAM in a memfd of
@@ -15,15 +14,14 @@ use tests::stage::Stage;
 /// the guests, which write all the while, stand still.
 #[test]
 fn kvm_log_and_direct_vms_move_in_one_gang_and_share_their_pages() -> Result<()> {
-    let saves = save::kvm(1)?;
     let stage = Stage::new(400)?;
     let mut gang = stage.gang();
-    gang.adopt("vm1", &saves[0], "r1h1")?;
+    gang.run("vm1", &Guest::least_kvm(1)?, "r1h1")?;
     gang.run_linked("vm2", &Guest::least_kvm(2)?, "r1h2", Memory::File)?;
     gang.adopt_linked("vm3", &Guest::least_kvm(3)?, "r1h1")?;
     let moves = [(0, "r2h1"), (1, "r2h2"), (2, "r2h2")];
     let moved = stage.migrate(&mut gang, &moves, &["--verify", "full"])?;
-    // The smaller ones have 2 MiB of the content that all have in common.
+    // 2 MiB of each are the same in all.
     let common = 2 * 256;
     let vms = &moved.report.vms;
     let shared: u64 = vms.iter().map(|vm| vm.pages.reference).sum();
