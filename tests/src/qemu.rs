@@ -122,6 +122,7 @@ impl Guest {
                 common_mib: 2,
                 own_mib: 0,
                 ws_mib: 1,
+                rate_kb: 1000,
                 ..KvmWork::small(seed)
             },
         })

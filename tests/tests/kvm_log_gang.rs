@@ -9,32 +9,31 @@ use tests::play::{BESIDE, Play};
 use tests::qemu::Guest;
 use tests::stage::Stage;
 
-/// RAM that QEMU maps and the agent watches, RAM in a file and RAM in a memfd of
-/// `kvmm`: what is common crosses once, and all of it is equal byte for byte when
-/// the guests, which write all the while, stand still.
+/// RAM in a file that QEMU maps and the agent watches, and RAM in a memfd of `kvmm`,
+/// which was adopted: what is common crosses once, and all of it is equal byte for
+/// byte when the guests, which write all the while, stand still.
 #[test]
 fn kvm_log_and_direct_vms_move_in_one_gang_and_share_their_pages() -> Result<()> {
     let stage = Stage::new(400)?;
     let mut gang = stage.gang();
     gang.run("vm1", &Guest::least_kvm(1)?, "r1h1")?;
-    gang.run_linked("vm2", &Guest::least_kvm(2)?, "r1h2", Memory::File)?;
-    gang.adopt_linked("vm3", &Guest::least_kvm(3)?, "r1h1")?;
-    let moves = [(0, "r2h1"), (1, "r2h2"), (2, "r2h2")];
+    gang.adopt_linked("vm2", &Guest::least_kvm(2)?, "r1h2")?;
+    let moves = [(0, "r2h1"), (1, "r2h2")];
     let moved = stage.migrate(&mut gang, &moves, &["--verify", "full"])?;
-    // 2 MiB of each are the same in all.
+    // 2 MiB of each are the same in both.
     let common = 2 * 256;
     let vms = &moved.report.vms;
     let shared: u64 = vms.iter().map(|vm| vm.pages.reference).sum();
     ensure!(
-        shared >= 2 * common * 9 / 10,
-        "{shared} references for {common} pages that three VMs have in common: {vms:?}"
+        shared >= common * 9 / 10,
+        "{shared} references for {common} pages that both VMs have: {vms:?}"
     );
     let list = stage.cluster.agent("r2h2").run(&["vm", "list", "--json"])?;
     let vms: Vec<VmInfo> = serde_json::from_slice(&list.stdout)?;
     let well = |vm: &VmInfo| vm.kind == "kvm-log" && vm.status == "running";
-    ensure!(vms.len() == 2 && vms.iter().all(well), "{vms:?}");
+    ensure!(vms.len() == 1 && well(&vms[0]), "{vms:?}");
     // What has arrived can leave again.
-    stage.migrate(&mut gang, &[(0, "r1h2"), (1, "r1h1"), (2, "r1h1")], &[])?;
+    stage.migrate(&mut gang, &[(0, "r1h2"), (1, "r1h1")], &[])?;
     let agent = stage.cluster.agent("r1h1");
     agent.run(&["vm", "stop", "vm2"])?;
     ensure!(tests::check::vmms_of(&stage.lab, "vm2")?.is_empty());
