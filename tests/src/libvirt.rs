@@ -273,12 +273,15 @@ impl Libvirtd {
             .map(drop)
     }
 
+    /// Without kvmclock: the firmware uses it, and loading the vCPU's state makes
+    /// the target's KVM write its time page, so that RAM would not be equal.
     fn domain(&self, name: &str, accel: &str, kib: u64, boot: &str, devices: &str) -> String {
         let guests = self.shared.join("guests");
         format!(
             "<domain type='{accel}'><name>{name}</name><memory unit='KiB'>{kib}</memory>\
              <vcpu>1</vcpu><os><type arch='x86_64' machine='pc'>hvm</type>{boot}</os>\
-             <features><acpi/></features><on_poweroff>destroy</on_poweroff>\
+             <features><acpi/></features>\
+             <clock offset='utc'><timer name='kvmclock' present='no'/></clock><on_poweroff>destroy</on_poweroff>\
              <on_crash>destroy</on_crash><devices>\
              <emulator>/usr/bin/qemu-system-x86_64</emulator>{devices}\
              <controller type='usb' model='none'/><memballoon model='none'/>\
