@@ -23,5 +23,6 @@ mod samples;
 mod tests;
 
 pub use error::Fault;
+pub(in crate::vmm) use receive::Input;
 pub use receive::{ReceiveError, Received, Receiver, receive};
 pub use send::{SendError, Sender};

@@ -254,8 +254,8 @@ impl Session {
 }
 
 /// What has come and is not done with.
-#[derive(Default)]
-struct Input {
+#[derive(Debug, Default)]
+pub(in crate::vmm) struct Input {
     bytes: Vec<u8>,
     /// Of them, done with.
     used: usize,
@@ -263,8 +263,31 @@ struct Input {
 }
 
 impl Input {
+    /// What was read before by somebody else.
+    pub(in crate::vmm) fn begun(bytes: &[u8]) -> Input {
+        Input {
+            bytes: bytes.to_vec(),
+            ..Input::default()
+        }
+    }
+
+    /// What is not done with.
+    pub(in crate::vmm) fn rest(&self) -> &[u8] {
+        &self.bytes[self.used..]
+    }
+
+    /// So much more is done with.
+    pub(in crate::vmm) fn done(&mut self, bytes: usize) {
+        self.used += bytes;
+    }
+
+    /// The descriptor that came with a command.
+    pub(in crate::vmm) fn take_fd(&mut self) -> Option<OwnedFd> {
+        self.fds.pop_front()
+    }
+
     /// Reads on; 0 at the end.
-    fn fill(&mut self, stream: &UnixStream) -> io::Result<usize> {
+    pub(in crate::vmm) fn fill(&mut self, stream: &UnixStream) -> io::Result<usize> {
         self.bytes.drain(..self.used);
         self.used = 0;
         let had = self.bytes.len();

@@ -19,15 +19,21 @@
 //! the contents, so whoever reads a page after its table sees what was written
 //! before, and what is written later is in a later table, at the latest in the one
 //! that it sends of the guest it has stopped.
+//!
+//! With `local=on` it sends the descriptor of its RAM before *Config*, no tables,
+//! and stops the guest when *Config* is answered. All RAM has been sent by then;
+//! what has changed since is found by comparing all of it, while the guest stands
+//! still.
 
 use super::error::ManagedError;
 use crate::types::{Gfn, PAGE_SIZE};
 use crate::vmm::cloud_hypervisor::layout::Layout;
 use crate::vmm::cloud_hypervisor::requests::{Event, RequestParser};
 use crate::vmm::cloud_hypervisor::wire::{Command, HEAD_BYTES, Request, Response};
-use crate::vmm::cloud_hypervisor::{Fault, Sender};
+use crate::vmm::cloud_hypervisor::{Fault, Input, Sender};
 use crate::vmm::stream::{Feed, Residue};
 use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -47,6 +53,19 @@ pub(super) struct Begun {
     pub(super) config: Vec<u8>,
     /// Bytes of guest RAM.
     pub(super) ram_bytes: u64,
+    /// The descriptor of its RAM, of a source with `local=on`: that keeps no
+    /// dirty log, and stops the guest when *Config* is answered.
+    pub(super) local: Option<OwnedFd>,
+}
+
+/// What one step of the beginning has told.
+enum Said {
+    More,
+    Nothing,
+    Started,
+    Descriptor,
+    Configured(Vec<u8>),
+    GivenUp,
 }
 
 /// Takes the beginning of `vm`'s migration, of which `first` was read before, up to the
@@ -69,30 +88,44 @@ pub(super) fn begin(
     from.set_nonblocking(false).map_err(socket)?;
     from.set_read_timeout(Some(limit)).map_err(socket)?;
     let mut parser = RequestParser::default();
-    let mut input = first.to_vec();
-    let mut buffer = vec![0; READ_BYTES];
+    let mut input = Input::begun(first);
+    let mut local = None;
     loop {
-        let step = parser.step(&input).map_err(|fault| unfit(told(&fault)))?;
-        if step.needs_more() {
-            match from.read(&mut buffer).map_err(socket)? {
-                0 => {
+        let step = parser
+            .step(input.rest())
+            .map_err(|fault| unfit(told(&fault)))?;
+        let used = step.used;
+        let said = match step.event {
+            None if step.used == 0 => Said::More,
+            Some(Event::Start) => Said::Started,
+            Some(Event::MemoryFd { .. }) => Said::Descriptor,
+            Some(Event::Config(json)) => Said::Configured(json.to_vec()),
+            Some(Event::Abandon) => Said::GivenUp,
+            None | Some(_) => Said::Nothing,
+        };
+        input.done(used);
+        match said {
+            Said::More => {
+                if input.fill(from).map_err(socket)? == 0 {
                     return Err(ManagedError::Silent {
                         vm: vm.to_owned(),
                         what: "Cloud Hypervisor closed its migration's socket: its log says why"
                             .to_owned(),
                     });
                 }
-                n => input.extend_from_slice(&buffer[..n]),
             }
-            continue;
-        }
-        let used = step.used;
-        match step.event {
-            Some(Event::Start) => from.write_all(&Response::Ok.encode()).map_err(socket)?,
-            Some(Event::Config(json)) => {
-                let config = json.to_vec();
+            Said::Nothing => {}
+            Said::Started => from.write_all(&Response::Ok.encode()).map_err(socket)?,
+            Said::Descriptor => {
+                let fd = input.take_fd();
+                let fd = fd.ok_or_else(|| unfit("a descriptor of its RAM is missing".into()))?;
+                // Of several, the layout tells, and is refused.
+                local = Some(fd);
+                from.write_all(&Response::Ok.encode()).map_err(socket)?;
+            }
+            Said::Configured(config) => {
                 let ram_bytes = one_mapping(parser.layout()).map_err(unfit)?;
-                if input.len() > used {
+                if !input.rest().is_empty() || input.take_fd().is_some() {
                     return Err(unfit("it does not wait for answers".to_owned()));
                 }
                 from.set_read_timeout(None).map_err(socket)?;
@@ -100,18 +133,13 @@ pub(super) fn begin(
                     parser,
                     config,
                     ram_bytes,
+                    local,
                 });
             }
-            Some(Event::MemoryFd { .. }) => return Err(unfit(LOCAL.to_owned())),
-            Some(Event::Abandon) => return Err(unfit("it was given up".to_owned())),
-            _ => {}
+            Said::GivenUp => return Err(unfit("it was given up".to_owned())),
         }
-        input.drain(..used);
     }
 }
-
-const LOCAL: &str = "it was started with local=on, with which Cloud Hypervisor keeps no dirty \
-                     log and stops the guest at once: leave that out";
 
 fn told(fault: &Fault) -> String {
     crate::types::chain(fault)
@@ -281,19 +309,19 @@ mod tests {
         bytes
     }
 
-    fn memory(ranges: &[Range<u32>]) -> Vec<u8> {
+    fn memory(ranges: &[(u32, u32)]) -> Vec<u8> {
         let page = PAGE_SIZE as u64;
         let table: Vec<u8> = ranges
             .iter()
-            .flat_map(|range| {
-                let gpa = u64::from(range.start) * page;
-                let bytes = u64::from(range.end - range.start) * page;
+            .flat_map(|(first, count)| {
+                let gpa = u64::from(*first) * page;
+                let bytes = u64::from(*count) * page;
                 MemoryRange { gpa, bytes }.encode()
             })
             .collect();
         let mut bytes = command(Command::Memory, &table);
-        let pages: usize = ranges.iter().map(|range| range.len()).sum();
-        bytes.resize(bytes.len() + pages * PAGE_SIZE, 0x5a);
+        let pages: u32 = ranges.iter().map(|(_, count)| count).sum();
+        bytes.resize(bytes.len() + pages as usize * PAGE_SIZE, 0x5a);
         bytes
     }
 
@@ -326,7 +354,7 @@ mod tests {
         for (commands, why) in [
             (
                 vec![start.clone(), command(Command::MemoryFd, &[0; 4])],
-                "local=on",
+                "descriptor",
             ),
             (
                 vec![
@@ -384,8 +412,8 @@ mod tests {
             vec![
                 Request::start().encode().to_vec(),
                 command(Command::Config, &one()),
-                memory(&[0..PAGES]),
-                memory(&[3..5, 9..10]),
+                memory(&[(0, PAGES)]),
+                memory(&[(3, 2), (9, 1)]),
                 state.clone(),
             ],
         );
@@ -425,7 +453,7 @@ mod tests {
         source.write_all(&Request::start().encode()).unwrap();
         source.write_all(&command(Command::Config, &one())).unwrap();
         let begun = begin("c1", &agent, &[], LIMIT).unwrap();
-        let whole = memory(&[0..4]);
+        let whole = memory(&[(0, 4)]);
         source.write_all(&whole[..whole.len() / 2]).unwrap();
         source.shutdown(std::net::Shutdown::Write).unwrap();
         let (to, mut chunks) = unbounded_channel();

@@ -10,13 +10,16 @@ use crate::vmm::launch::blocking;
 use crate::vmm::process::VmProcess;
 use crate::vmm::qemu_stream::Parse;
 use crate::vmm::qemu_stream::reply::{Reply, ReplyParser};
+use crate::vmm::ram::GuestRam;
+use crate::vmm::source::PageRead;
 use crate::vmm::stream::{
-    Chunk, Feed, Outgoing, ProcessRam, Reading, Stand, StreamPages, hand_back,
+    Chunk, Feed, Outgoing, Reading, Stand, StreamPages, hand_back, loses_pages,
 };
 use std::fmt;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
@@ -35,7 +38,9 @@ pub struct SourceVm {
     facts: ManagedFacts,
     process: Arc<VmProcess>,
     kvm: bool,
-    ram: Arc<ProcessRam>,
+    ram: Arc<dyn PageRead>,
+    /// Its VMM has no dirty log for us.
+    unlogged: bool,
     feed: Arc<Feed>,
     stream: Mutex<Stream>,
     /// The target has everything: what its VMM said, until that is handed on.
@@ -109,6 +114,7 @@ impl SourceVm {
             }
         };
         let socket = socket.into_std().map_err(failed("taking it over"))?;
+        let mut local = None;
         let (opening, ram_bytes, dialect) = match head {
             Head::Qemu(head) => {
                 let block = head.main.name.clone();
@@ -119,7 +125,8 @@ impl SourceVm {
                 let (vm, of) = (name.to_owned(), socket.try_clone());
                 let of = of.map_err(failed("sharing it"))?;
                 let beginning = move || chv::begin(&vm, &of, &first, HEAD_LIMIT);
-                let begun = blocking(beginning).await?;
+                let mut begun = blocking(beginning).await?;
+                local = begun.local.take();
                 let config = begun.config.clone();
                 let bytes = begun.ram_bytes;
                 let dialect = Dialect::CloudHypervisor { config };
@@ -134,6 +141,21 @@ impl SourceVm {
         };
         let of = socket.try_clone().map_err(failed("sharing it"))?;
         let (process, ram, kvm) = look(&facts, of, binaries.to_vec(), false).await?;
+        let unlogged = local.is_some();
+        let ram: Arc<dyn PageRead> = match local {
+            None => ram,
+            Some(fd) => {
+                // Where others of this host find it, as long as it is open here.
+                let path = format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
+                let path = Path::new(&path);
+                let ram = GuestRam::from_file(fd.into(), path, facts.ram_bytes, false);
+                let ram = ram.map_err(|source| ManagedError::Ram {
+                    vm: name.to_owned(),
+                    source,
+                })?;
+                Arc::new(ram)
+            }
+        };
         let pages = (facts.ram_bytes / PAGE_SIZE as u64) as u32;
         let feed = Arc::new(Feed::paced(name, pages));
         let watched = socket.try_clone().map_err(failed("sharing it"))?;
@@ -143,6 +165,7 @@ impl SourceVm {
             process,
             kvm,
             ram,
+            unlogged,
             feed,
             stream: Mutex::new(Stream::Waits(Box::new((socket, opening)))),
             loaded: Mutex::default(),
@@ -161,7 +184,7 @@ impl SourceVm {
     }
 
     /// Guest RAM as it is now.
-    pub fn ram(&self) -> &Arc<ProcessRam> {
+    pub fn ram(&self) -> &Arc<dyn PageRead> {
         &self.ram
     }
 
@@ -178,11 +201,14 @@ impl SourceVm {
         StreamPages::new(self.feed.clone(), self.ram.clone(), self.distrust())
     }
 
-    /// QEMU 7.2 under TCG loses dirty pages of such sizes, and libvirt makes
-    /// every size one of them.
+    /// Whether all RAM is to be compared once the guest stands still: where
+    /// nothing is logged, and because QEMU 7.2 under TCG loses dirty pages of some
+    /// sizes, and libvirt makes every size one of them.
     fn distrust(&self) -> bool {
-        matches!(self.facts.dialect, Dialect::Qemu { .. })
-            && crate::vmm::stream::loses_pages(self.kvm, self.facts.ram_bytes)
+        match self.facts.dialect {
+            Dialect::Qemu { .. } => loses_pages(self.kvm, self.facts.ram_bytes),
+            Dialect::CloudHypervisor { .. } => self.unlogged,
+        }
     }
 
     /// Begins to read the stream. From here on QEMU stops the guest when it
