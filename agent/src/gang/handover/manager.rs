@@ -19,7 +19,7 @@ use crate::gang::handover::care::Care;
 use crate::gang::message::GangRequest;
 use crate::gang::moments::{Moment, Moments};
 use crate::types::GangId;
-use crate::vmm::managed::SourceVm;
+use crate::vmm::managed::{ManagedError, SourceVm};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -54,13 +54,13 @@ pub struct Managers<C> {
 impl<C: Caller> Managers<C> {
     /// `moved`: whether the target's VMM has everything and has said so.
     pub(super) async fn run(self, moved: Result<(), String>) -> RunsOn {
-        let moved = match moved {
-            Ok(()) => self.source.complete().await.map_err(|e| chain(&e)),
-            failed => failed,
-        };
-        match moved {
+        if let Err(why) = moved {
+            return self.stayed(&why).await;
+        }
+        match self.source.complete().await {
             Ok(()) => self.completed().await,
-            Err(why) => self.stayed(&why).await,
+            Err(error @ ManagedError::Unconfirmed { .. }) => self.doubted(&chain(&error)),
+            Err(error) => self.stayed(&chain(&error)).await,
         }
     }
 
@@ -114,10 +114,14 @@ impl<C: Caller> Managers<C> {
             self.peer,
             DECIDE_LIMIT.as_secs()
         );
+        self.doubted(&why)
+    }
+
+    fn doubted(self, why: &str) -> RunsOn {
         tracing::warn!(vm = %self.vm, %why);
-        self.care.because(&why);
-        self.live.in_doubt(&why);
-        self.live.entered(Source::Returned, &why);
+        self.care.because(why);
+        self.live.in_doubt(why);
+        self.live.entered(Source::Returned, why);
         RunsOn::Source
     }
 }

@@ -25,20 +25,26 @@
 //! what has changed since is found by comparing all of it, while the guest stands
 //! still.
 
+use super::Duplex;
 use super::error::ManagedError;
 use crate::types::{Gfn, PAGE_SIZE};
 use crate::vmm::cloud_hypervisor::layout::Layout;
 use crate::vmm::cloud_hypervisor::requests::{Event, RequestParser};
 use crate::vmm::cloud_hypervisor::wire::{Command, HEAD_BYTES, Request, Response};
 use crate::vmm::cloud_hypervisor::{Fault, Input, Sender};
-use crate::vmm::stream::{Feed, Residue};
+use crate::vmm::stream::{Chunk, Feed, Outgoing, Residue, hand_back};
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Bytes that are read at once.
 const READ_BYTES: usize = 256 << 10;
+/// How long the source may take for *Complete*, and the target to let its guest
+/// run.
+const COMPLETE_LIMIT: Duration = Duration::from_secs(20);
 /// Pages that are reported at once.
 const BATCH: usize = 64;
 
@@ -255,6 +261,108 @@ pub(super) fn configure(
     configured().map_err(|source| ManagedError::Target { source })
 }
 
+/// The target's VMM has all of the VM, and the source's waits to hear so.
+pub(super) struct Loaded {
+    /// *Complete* is to come.
+    residue: Outgoing,
+    target: Box<dyn Duplex>,
+}
+
+impl fmt::Debug for Loaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Loaded")
+    }
+}
+
+/// Sends the state to the target, until its VMM has said that it has loaded it.
+pub(super) async fn load(
+    vm: &str,
+    mut target: Box<dyn Duplex>,
+    mut residue: Outgoing,
+) -> Result<Loaded, ManagedError> {
+    let failed = |source| ManagedError::Forward {
+        vm: vm.to_owned(),
+        source,
+    };
+    let mut answer = [0; HEAD_BYTES];
+    let mut heard = 0;
+    while heard < answer.len() {
+        tokio::select! {
+            chunk = residue.next() => {
+                let bytes = piece(vm, chunk)?;
+                write(&mut target, &bytes).await.map_err(failed)?;
+            }
+            read = target.read(&mut answer[heard..]) => match read.map_err(failed)? {
+                0 => return Err(failed(io::ErrorKind::UnexpectedEof.into())),
+                n => heard += n,
+            }
+        }
+    }
+    match Response::parse(&answer) {
+        Ok(Response::Ok) => Ok(Loaded { residue, target }),
+        _ => Err(ManagedError::NotLoaded { vm: vm.to_owned() }),
+    }
+}
+
+impl Loaded {
+    /// Lets the source's VMM at the other end of `source` give the VM away, and the
+    /// target's run it.
+    ///
+    /// # Errors
+    /// After [`ManagedError::Unconfirmed`] the guest may run at the target: the
+    /// source's must not be told anything then. After any other it does not.
+    pub(super) async fn complete(self, vm: &str, source: &UnixStream) -> Result<(), ManagedError> {
+        let Loaded {
+            mut residue,
+            mut target,
+        } = self;
+        let hand = |bytes: &[u8]| {
+            hand_back(source, bytes).map_err(|source| ManagedError::Forward {
+                vm: vm.to_owned(),
+                source,
+            })
+        };
+        hand(&Response::Ok.encode())?;
+        let command = tokio::time::timeout(COMPLETE_LIMIT, residue.next()).await;
+        let command = piece(vm, command.unwrap_or_default())?;
+        let completing = async {
+            write(&mut target, &command).await?;
+            let mut answer = [0; HEAD_BYTES];
+            target.read_exact(&mut answer).await?;
+            Ok(answer)
+        };
+        let completed = match tokio::time::timeout(COMPLETE_LIMIT, completing).await {
+            Ok(completed) => completed,
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        };
+        let answer = completed.map_err(|source| ManagedError::Unconfirmed {
+            vm: vm.to_owned(),
+            source,
+        })?;
+        let handed = hand(&answer);
+        match Response::parse(&answer) {
+            // It runs there, whether the source is still there to hear of it or not.
+            Ok(Response::Ok) => Ok(drop(handed)),
+            _ => Err(ManagedError::NotLoaded { vm: vm.to_owned() }),
+        }
+    }
+}
+
+fn piece(vm: &str, chunk: Option<Chunk>) -> Result<Vec<u8>, ManagedError> {
+    match chunk {
+        Some(Chunk::Bytes(bytes)) => Ok(bytes),
+        Some(Chunk::End) | None => Err(ManagedError::Broken {
+            vm: vm.to_owned(),
+            why: "its VMM gave it up before the target had all of it: its log says why".to_owned(),
+        }),
+    }
+}
+
+async fn write(to: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> io::Result<()> {
+    to.write_all(bytes).await?;
+    to.flush().await
+}
+
 /// What a target's answers say: loaded once, and then that it runs.
 #[derive(Debug, Default)]
 pub(super) struct Answers {
@@ -281,7 +389,7 @@ mod tests {
     use super::*;
     use crate::vmm::cloud_hypervisor::wire::MemoryRange;
     use crate::vmm::source::PageRead;
-    use crate::vmm::stream::{Chunk, StreamPages};
+    use crate::vmm::stream::StreamPages;
     use std::ops::Range;
     use std::sync::Arc;
     use std::thread;

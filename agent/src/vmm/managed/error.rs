@@ -150,11 +150,27 @@ pub enum ManagedError {
         #[source]
         source: io::Error,
     },
-    /// The target's QEMU did not take it.
-    #[error("VM {vm}: the QEMU of its target failed to load it: see libvirt's log of it there")]
+    /// The target's VMM did not take it.
+    #[error(
+        "VM {vm}: the VMM of its target failed to load it: see its log there (libvirt has one for each VM)"
+    )]
     NotLoaded {
         /// The VM.
         vm: String,
+    },
+    /// The target was told to let it run, and whether it does is not known.
+    #[error(
+        "VM {vm}: its target was told to let it run, and has not confirmed that: it stands still here \
+         as long as this agent lives. Look at both VMMs (`ch-remote info`); if it runs at its target, \
+         end the one here; if it does not, end the one there first, then restart this agent, and it \
+         runs on here"
+    )]
+    Unconfirmed {
+        /// The VM.
+        vm: String,
+        /// What failed.
+        #[source]
+        source: io::Error,
     },
     /// The connection between the source agent and the target's QEMU broke.
     #[error("VM {vm}: the rest of its stream did not get into its QEMU")]

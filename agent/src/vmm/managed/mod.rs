@@ -43,10 +43,16 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
 
 /// How long it may take until one process alone holds the other end of a
 /// connection: libvirt has it before QEMU, and a QEMU has to accept it.
 const HOLDER_LIMIT: Duration = Duration::from_secs(5);
+
+/// A connection to the target agent.
+pub trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Duplex for T {}
 
 /// What a source knows of its VM; travels to the target.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

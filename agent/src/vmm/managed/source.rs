@@ -3,7 +3,7 @@
 use super::cloud_hypervisor::{self as chv, Begun};
 use super::error::ManagedError;
 use super::head::{self, Head, QemuHead};
-use super::{Dialect, ManagedFacts, look};
+use super::{Dialect, Duplex, ManagedFacts, look};
 use crate::types::PAGE_SIZE;
 use crate::vmm::cloud_hypervisor::wire::{HEAD_BYTES, Response};
 use crate::vmm::launch::blocking;
@@ -27,8 +27,6 @@ use tokio::task::AbortHandle;
 
 /// How long QEMU may take to begin its stream.
 const HEAD_LIMIT: Duration = Duration::from_secs(10);
-/// How long a Cloud Hypervisor may take to let its guest run.
-const COMPLETE_LIMIT: Duration = Duration::from_secs(20);
 /// How often it is looked whether QEMU has closed the connection.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -67,30 +65,13 @@ enum Opening {
 }
 
 /// What is left to be done when the target has everything.
+#[derive(Debug)]
 enum Loaded {
-    /// QEMU's SHUT.
+    /// QEMU's SHUT is to be handed on.
     Shut(Vec<u8>),
-    /// Cloud Hypervisor waits for the answer to its state, and then has
-    /// *Complete* to send.
-    CloudHypervisor {
-        residue: Outgoing,
-        target: Box<dyn Duplex>,
-    },
+    /// Cloud Hypervisors have *Complete* to exchange.
+    CloudHypervisor(chv::Loaded),
 }
-
-impl fmt::Debug for Loaded {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Loaded::Shut(_) => "SHUT",
-            Loaded::CloudHypervisor { .. } => "Ok",
-        })
-    }
-}
-
-/// A connection to the target.
-pub trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {}
-
-impl<T: AsyncRead + AsyncWrite + Unpin + Send> Duplex for T {}
 
 impl SourceVm {
     /// Looks at what has connected to the VM's socket: reads the beginning of
@@ -284,7 +265,10 @@ impl SourceVm {
             match self.facts.dialect {
                 Dialect::Qemu { .. } => self.until_shut(target, residue, &socket).await,
                 Dialect::CloudHypervisor { .. } => {
-                    self.until_loaded(Box::new(target), residue).await
+                    let loading = chv::load(&self.facts.name, Box::new(target), residue);
+                    let loaded = loading.await?;
+                    *self.loaded() = Some(Loaded::CloudHypervisor(loaded));
+                    Ok(())
                 }
             }
         };
@@ -326,48 +310,6 @@ impl SourceVm {
         }
     }
 
-    async fn until_loaded(
-        &self,
-        mut target: Box<dyn Duplex>,
-        mut residue: Outgoing,
-    ) -> Result<(), ManagedError> {
-        let mut answer = [0; HEAD_BYTES];
-        let mut heard = 0;
-        while heard < answer.len() {
-            tokio::select! {
-                chunk = residue.next() => {
-                    let bytes = self.piece(chunk)?;
-                    let sent = write(&mut target, &bytes).await;
-                    sent.map_err(|source| self.not_forwarded(source))?;
-                }
-                read = target.read(&mut answer[heard..]) => {
-                    match read.map_err(|source| self.not_forwarded(source))? {
-                        0 => return Err(self.not_forwarded(io::ErrorKind::UnexpectedEof.into())),
-                        n => heard += n,
-                    }
-                }
-            }
-        }
-        match Response::parse(&answer) {
-            Ok(Response::Ok) => {
-                *self.loaded() = Some(Loaded::CloudHypervisor { residue, target });
-                Ok(())
-            }
-            _ => Err(self.not_loaded()),
-        }
-    }
-
-    fn piece(&self, chunk: Option<Chunk>) -> Result<Vec<u8>, ManagedError> {
-        match chunk {
-            Some(Chunk::Bytes(bytes)) => Ok(bytes),
-            Some(Chunk::End) => {
-                let why = "its VMM gave it up before the target had all of it";
-                Err(self.broken(why.to_owned()))
-            }
-            None => Err(self.broken(self.feed.failure().unwrap_or_default())),
-        }
-    }
-
     /// The point of no return: hands on what was held back, after which the
     /// migration is complete. From here on its manager decides where the guest
     /// runs; of Cloud Hypervisors, the target lets it run now and the source ends.
@@ -377,34 +319,28 @@ impl SourceVm {
             Stream::Read(reading) => reading.socket(),
             _ => return Err(self.not_begun()),
         };
-        let hand = |bytes: &[u8]| {
-            let handed = hand_back(&socket, bytes);
-            handed.map_err(|source| self.not_forwarded(source))
-        };
-        let (mut residue, mut target) = match loaded {
-            Loaded::Shut(bytes) => return hand(&bytes),
-            Loaded::CloudHypervisor { residue, target } => (residue, target),
-        };
-        hand(&Response::Ok.encode())?;
-        let completing = async {
-            let command = self.piece(residue.next().await)?;
-            let asked = async {
-                write(&mut target, &command).await?;
-                let mut answer = [0; HEAD_BYTES];
-                target.read_exact(&mut answer).await?;
-                Ok(answer)
-            };
-            let answer = asked.await.map_err(|source| self.not_forwarded(source))?;
-            hand(&answer)?;
-            match Response::parse(&answer) {
-                Ok(Response::Ok) => Ok(()),
-                _ => Err(self.not_loaded()),
+        let vm = &self.facts.name;
+        match loaded {
+            Loaded::Shut(bytes) => {
+                let handed = hand_back(&socket, &bytes);
+                handed.map_err(|source| self.not_forwarded(source))
             }
-        };
-        match tokio::time::timeout(COMPLETE_LIMIT, completing).await {
-            Ok(done) => done,
-            Err(_) => Err(self.not_forwarded(io::ErrorKind::TimedOut.into())),
+            Loaded::CloudHypervisor(loaded) => match loaded.complete(vm, &socket).await {
+                Err(error @ ManagedError::Unconfirmed { .. }) => {
+                    self.keep_still();
+                    Err(error)
+                }
+                done => done,
+            },
         }
+    }
+
+    /// Never closes the connection, as long as this agent lives: the VMM waits at
+    /// its other end, and would let the guest run, which may run elsewhere.
+    fn keep_still(&self) {
+        let stream = std::mem::replace(&mut *self.stream(), Stream::Over);
+        // Dropped, it would be shut down.
+        std::mem::forget(stream);
     }
 
     /// Closes the connection: QEMU gives its migration up and its guest runs on,
@@ -455,11 +391,6 @@ impl Drop for SourceVm {
         self.watch.abort();
         self.break_off();
     }
-}
-
-async fn write(to: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> io::Result<()> {
-    to.write_all(bytes).await?;
-    to.flush().await
 }
 
 /// Hands the target's answers to QEMU until SHUT comes: that, and what it said.
