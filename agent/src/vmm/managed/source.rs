@@ -5,24 +5,20 @@ use super::error::ManagedError;
 use super::head::{self, Head, QemuHead};
 use super::{Dialect, Duplex, ManagedFacts, look};
 use crate::types::PAGE_SIZE;
-use crate::vmm::cloud_hypervisor::wire::{HEAD_BYTES, Response};
 use crate::vmm::launch::blocking;
 use crate::vmm::process::VmProcess;
 use crate::vmm::qemu_stream::Parse;
 use crate::vmm::qemu_stream::reply::{Reply, ReplyParser};
 use crate::vmm::ram::GuestRam;
 use crate::vmm::source::PageRead;
-use crate::vmm::stream::{
-    Chunk, Feed, Outgoing, Reading, Stand, StreamPages, hand_back, loses_pages,
-};
-use std::fmt;
+use crate::vmm::stream::{Feed, Outgoing, Reading, Stand, StreamPages, hand_back, loses_pages};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
+use tokio::io::{AsyncRead, AsyncReadExt, Interest};
 use tokio::task::AbortHandle;
 
 /// How long QEMU may take to begin its stream.
