@@ -80,12 +80,14 @@ async fn into_stream_mode() -> f64 {
         "name = \"vm\"\ndomain = \"test\"\nram = \"{RAM_KIB}K\"\n[qemu]\n\
          binary = \"/usr/bin/qemu-system-x86_64\"\n\
          args = [\"-accel\", \"tcg\", \"-machine\", \"q35\", \"-m\", \"{{ram_size}}\", \
-         \"-nodefaults\", \"-display\", \"none\", \"-kernel\", \"{{kernel}}\", \"-S\"]\n"
+         \"-nodefaults\", \"-display\", \"none\", \"-kernel\", \"{{kernel}}\"]\n"
     );
     let definition = Definition::parse("test", &text).unwrap();
     let launched = host.launch(&definition, VmmRole::Run).await.unwrap();
     let vmm = launched.vmm().clone();
-    let at = vmm.qmp().unwrap().human("gpa2hva 0").await.unwrap();
+    let qmp = vmm.qmp().unwrap();
+    qmp.stop().await.unwrap();
+    let at = qmp.human("gpa2hva 0").await.unwrap();
     let at = u64::from_str_radix(at.rsplit_once("0x").unwrap().1.trim(), 16).unwrap();
     let memory = OpenOptions::new()
         .write(true)
