@@ -1,10 +1,11 @@
 //! `drover gang open`, running: for VMs whose manager drives their migration.
 
+use crate::check::HoldWatcher;
 use crate::drover::Agent;
 use crate::limit;
 use crate::play::until;
-use anyhow::{Context, Result};
-use drover::api::types::{GangReport, VmInfo};
+use anyhow::{Context, Result, ensure};
+use drover::api::types::{GangReport, Outcome, VmInfo};
 use std::process::{Child, Stdio};
 
 /// The command. Dropping it ends it, and the sockets go.
@@ -60,6 +61,28 @@ impl Opened {
             report,
             said: format!("{text}{}", String::from_utf8_lossy(&output.stderr)),
         })
+    }
+}
+
+impl Ended {
+    /// What became of the VMs, if all have arrived, each held at its switch, its
+    /// RAM then equal on both sides byte for byte.
+    ///
+    /// # Errors
+    /// With the first of these that does not hold.
+    pub fn all_arrived(self, watcher: HoldWatcher) -> Result<GangReport> {
+        let report = self.report.with_context(|| self.said.clone())?;
+        ensure!(
+            self.code == Some(0) && report.outcome == Outcome::Arrived,
+            "{report:#?}\n{}",
+            self.said
+        );
+        let differing = watcher.finish()?;
+        for vm in &report.vms {
+            let pages = differing.get(&vm.name).context("not held at its switch")?;
+            ensure!(pages.is_empty() && vm.verified, "{}: {pages:?}", vm.name);
+        }
+        Ok(report)
     }
 }
 

@@ -2,7 +2,6 @@
 //! streams. With the real libvirt and two of its daemons.
 
 use anyhow::{Context, Result, ensure};
-use drover::api::types::Outcome;
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -92,19 +91,7 @@ fn libvirts_vms_move_as_one_gang_and_stay_when_it_fails() -> Result<()> {
         let (arrived, said) = virsh.end()?;
         ensure!(arrived, "virsh migrate of {vm}: {said}\n{}", ended.said);
     }
-    let report = ended.report.with_context(|| ended.said.clone())?;
-    ensure!(
-        ended.code == Some(0) && report.outcome == Outcome::Arrived,
-        "{report:#?}\n{}",
-        ended.said
-    );
-    let differing = watcher.finish()?;
-    for vm in &report.vms {
-        let pages = differing.get(&vm.name).context("not held at its switch")?;
-        ensure!(pages.is_empty(), "{}: {pages:?}", vm.name);
-        ensure!(vm.verified, "{vm:?}");
-        eprintln!("{}: {:?}, {:?}", vm.name, vm.stop, vm.pages);
-    }
+    let report = ended.all_arrived(watcher)?;
     let shared: u64 = report.vms.iter().map(|vm| vm.pages.reference).sum();
     ensure!(shared >= COMMON_PAGES, "{shared} references: {report:#?}");
     hosts.run_at(1)?;

@@ -15,11 +15,11 @@ use crate::gang::moments::Moment;
 use crate::gang::target::TargetGang;
 use crate::net::Incoming;
 use crate::types::VmIndex;
-use crate::vmm::PageRead;
 use crate::vmm::definition::{Definition, Family, Kind, Role, VmPaths};
 use crate::vmm::kinds::{TargetVm, VmFacts};
 use crate::vmm::ram::{free_bytes, free_memory};
 use crate::vmm::relay::relay_after;
+use crate::vmm::{PageRead, PageSink};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -178,7 +178,6 @@ impl Agent {
     ) -> Result<Arrival, String> {
         let plan = gang.spec.vm(index).ok_or("no such VM")?;
         let definition = self.acceptable(&plan.name, facts)?;
-        let files = VmPaths::new(&self.config.run_dir, &self.config.ram_dir, &plan.name);
         let record = Record {
             gang: gang.spec.id,
             vm: plan.name.clone(),
@@ -188,7 +187,7 @@ impl Agent {
             run: false,
         };
         self.journal.write(&record).map_err(|e| e.to_string())?;
-        let made = self.make_target(gang, side, index, definition, files, facts);
+        let made = self.make_target(gang, side, index, definition, facts);
         let made = made.await;
         if made.is_err()
             && let Err(error) = self.journal.forget(&plan.name, gang.spec.id)
@@ -204,17 +203,32 @@ impl Agent {
         side: &Arc<TargetGang>,
         index: VmIndex,
         definition: Definition,
-        files: VmPaths,
         facts: &SourceFacts,
     ) -> Result<Arrival, String> {
         let plan = gang.spec.vm(index).ok_or("no such VM")?;
         self.moments.reach(Moment::Preparing, &plan.name).await;
         let host = &self.config.placeholders;
+        let files = VmPaths::new(&self.config.run_dir, &self.config.ram_dir, &plan.name);
         let waiting = TargetVm::prepare(&definition, &files, host, &facts.vmm)
             .await
             .map_err(|e| chain(&e))?;
-        let key = Arc::new(FingerprintKey::derive(&self.secret, &definition.domain));
         let ram = waiting.ram();
+        let held = Held::Waiting(Box::new(waiting));
+        self.arriving(gang, side, index, definition, held, ram)
+    }
+
+    /// The VM whose VMM waits, its RAM ready to have pages placed in it.
+    pub(super) fn arriving(
+        &self,
+        gang: &LocalGang,
+        side: &Arc<TargetGang>,
+        index: VmIndex,
+        definition: Definition,
+        held: Held,
+        ram: Arc<dyn PageSink>,
+    ) -> Result<Arrival, String> {
+        let plan = gang.spec.vm(index).ok_or("no such VM")?;
+        let key = Arc::new(FingerprintKey::derive(&self.secret, &definition.domain));
         let placed = side
             .add_vm(index, ram.clone(), key.clone())
             .map_err(|e| chain(&e))?;
@@ -225,7 +239,7 @@ impl Agent {
             ram,
             key,
         };
-        let held = Held::Waiting(Box::new(waiting));
+        let files = VmPaths::new(&self.config.run_dir, &self.config.ram_dir, &plan.name);
         let care = Care::new(gang.spec.id, &plan.name, Side::Target, &plan.from, "");
         let arrival = Arrival::new(&plan.from, definition, files, held, Target::Waiting, care);
         *arrival.pages.borrow_mut() = Some(pages);

@@ -4,21 +4,18 @@
 //! ended here but a connection.
 
 use super::Agent;
-use super::arrival::{Arrival, Held, Pages};
+use super::arrival::{Arrival, Held};
 use super::arrivals::{RELAY_IDLE, STREAM_BEGINS};
 use super::gangs::LocalGang;
 use super::offers::socket_of;
-use crate::dedup::fingerprint::FingerprintKey;
-use crate::gang::handover::care::Care;
 use crate::gang::handover::chain;
 use crate::gang::handover::machine::{RunsOn, Target};
-use crate::gang::journal::Side;
 use crate::gang::moments::Moment;
 use crate::gang::target::TargetGang;
 use crate::net::Incoming;
 use crate::types::VmIndex;
 use crate::vmm::PageRead;
-use crate::vmm::definition::{Definition, Family, VmPaths};
+use crate::vmm::definition::{Definition, Family};
 use crate::vmm::managed::{ManagedFacts, TargetVm};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -61,18 +58,7 @@ impl Agent {
         let waiting = TargetVm::prepare(&socket, facts, &self.config.vmms()).await;
         let waiting = waiting.map_err(|e| chain(&e))?;
         let exe = waiting.process().exe().map_err(|e| chain(&e))?;
-        let key = Arc::new(FingerprintKey::derive(&self.secret, &facts.domain));
         let ram = waiting.ram().clone();
-        let placed = side
-            .add_vm(index, ram.clone(), key.clone())
-            .map_err(|e| chain(&e))?;
-        let pages = Pages {
-            side: side.clone(),
-            index,
-            placed,
-            ram,
-            key,
-        };
         // As far as one can tell from outside.
         let definition = Definition {
             name: plan.name.clone(),
@@ -85,12 +71,8 @@ impl Agent {
             incoming_args: Vec::new(),
             text: String::new(),
         };
-        let files = VmPaths::new(&self.config.run_dir, &self.config.ram_dir, &plan.name);
         let held = Held::Managed(Rc::new(waiting));
-        let care = Care::new(gang.spec.id, &plan.name, Side::Target, &plan.from, "");
-        let arrival = Arrival::new(&plan.from, definition, files, held, Target::Waiting, care);
-        *arrival.pages.borrow_mut() = Some(pages);
-        Ok(arrival)
+        self.arriving(gang, side, index, definition, held, ram)
     }
 
     /// Waits until the VMM has said that it has everything. The source decides

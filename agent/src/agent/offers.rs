@@ -174,17 +174,17 @@ impl Offers {
                 _ => (0, 0, Kind::QemuManaged),
             };
             let told = offer.info(name);
+            let refused = told.error.map(|why| KindInfo {
+                kind: kind.to_string(),
+                why_not: Some(why),
+            });
             VmInfo {
                 name: name.clone(),
-                kind: kind.to_string(),
-                kinds: told
-                    .error
-                    .into_iter()
-                    .map(|why| KindInfo {
-                        kind: kind.to_string(),
-                        why_not: Some(why),
-                    })
-                    .collect(),
+                kind: match refused {
+                    None => kind.to_string(),
+                    Some(_) => "none".to_owned(),
+                },
+                kinds: refused.into_iter().collect(),
                 status: told.state.as_str().to_owned(),
                 ram_bytes,
                 pages_scanned: 0,

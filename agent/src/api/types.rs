@@ -43,8 +43,8 @@ pub struct AdoptVm {
 pub struct VmInfo {
     /// Its name.
     pub name: String,
-    /// How it is moved: `qemu-direct`, `qemu-stream`, `kvm-log`, or `qemu-managed`
-    /// if its manager drives it; `none` if it cannot be moved.
+    /// How it is moved: `qemu-direct`, `qemu-stream`, `kvm-log`; `qemu-managed` or
+    /// `cloud-hypervisor` if its manager drives it; `none` if it cannot be moved.
     pub kind: String,
     /// All kinds, the possible ones first, the best of them first; empty while
     /// it moves.

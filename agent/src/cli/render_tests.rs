@@ -188,15 +188,24 @@ fn tables_of_vms() {
         pages_scanned: 0,
         ..vm.clone()
     };
-    let text = vm_table(&[vm, fresh]);
+    let refused = VmInfo {
+        name: "g1".to_owned(),
+        kind: "none".to_owned(),
+        kinds: vec![kind("qemu-managed", Some("leave out --parallel"))],
+        status: "refused".to_owned(),
+        ..fresh.clone()
+    };
+    let text = vm_table(&[vm, fresh, refused]);
     fits(&text);
     assert_eq!(
         text,
         "VM    kind         status       RAM  scanned  dirty/s   pid\n\
          web1  qemu-direct  running  2.0 GiB  2.0 GiB  3.8 MiB  1234\n\
          web2  qemu-stream  running  2.0 GiB      0 B        -  1234\n\
+         g1    none         refused  2.0 GiB      0 B        -  1234\n\
          web1: moved as qemu-direct; qemu-stream is possible too\n\
-         web2: moved as qemu-stream; not qemu-direct: guest RAM is private"
+         web2: moved as qemu-stream; not qemu-direct: guest RAM is private\n\
+         g1: cannot be moved; not qemu-managed: leave out --parallel"
     );
 }
 

@@ -18,6 +18,7 @@ pub use start::Launched;
 
 pub use super::definition::Role;
 
+use error::file_error;
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
@@ -37,6 +38,22 @@ pub(super) async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + '
         Ok(value) => value,
         Err(e) => std::panic::resume_unwind(e.into_panic()),
     }
+}
+
+/// Opens a VMM's log for what it will say: where that begins, and the file twice.
+fn open_log(vm: &str, log: &Path) -> Result<(u64, fs::File, fs::File), LaunchError> {
+    let mut file = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(log)
+        .map_err(file_error(vm, "opening the log", log))?;
+    let begin = file
+        .seek(SeekFrom::End(0))
+        .map_err(file_error(vm, "reading the log", log))?;
+    let again = file
+        .try_clone()
+        .map_err(file_error(vm, "opening the log", log))?;
+    Ok((begin, file, again))
 }
 
 /// The last of what a log holds after byte `from`.

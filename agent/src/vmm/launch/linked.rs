@@ -1,13 +1,11 @@
 //! Starting a VMM that embeds `drover-vmm`: it stays in the foreground, and is
 //! up when its link answers.
 
-use super::error::{LaunchError, file_error};
-use super::{START_LIMIT, blocking, log_tail};
+use super::error::LaunchError;
+use super::{START_LIMIT, blocking, log_tail, open_log};
 use crate::vmm::definition::VmPaths;
 use crate::vmm::kvm_log::{LinkClient, LinkClientError};
 use crate::vmm::process::VmProcess;
-use std::fs::OpenOptions;
-use std::io::{Seek, SeekFrom};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -51,24 +49,14 @@ impl<'a> Started<'a> {
         paths: &VmPaths,
         log: &'a Path,
     ) -> Result<Started<'a>, LaunchError> {
-        let mut file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(log)
-            .map_err(file_error(vm, "opening the log", log))?;
-        let begin = file
-            .seek(SeekFrom::End(0))
-            .map_err(file_error(vm, "reading the log", log))?;
-        let err = file
-            .try_clone()
-            .map_err(file_error(vm, "opening the log", log))?;
+        let (begin, out, err) = open_log(vm, log)?;
         let mut child = tokio::process::Command::new(binary)
             .args(args)
             .env(MARK, &paths.dir)
             .current_dir("/")
             .process_group(0)
             .stdin(Stdio::null())
-            .stdout(file)
+            .stdout(out)
             .stderr(err)
             .spawn()
             .map_err(|e| LaunchError::NotStarted {

@@ -1,12 +1,11 @@
 //! Starting QEMU, which daemonizes itself.
 
-use super::error::{LaunchError, file_error};
-use super::{START_LIMIT, log_tail};
+use super::error::LaunchError;
+use super::{START_LIMIT, log_tail, open_log};
 use crate::vmm::definition::{Definition, Family, Role, VmPaths};
 use crate::vmm::process::VmProcess;
 use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
-use std::io::{Seek, SeekFrom};
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -47,17 +46,7 @@ pub(super) async fn run_daemonizing(
     args: &[String],
     log: &Path,
 ) -> Result<(), LaunchError> {
-    let mut file = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(log)
-        .map_err(file_error(vm, "opening the log", log))?;
-    let begin = file
-        .seek(SeekFrom::End(0))
-        .map_err(file_error(vm, "reading the log", log))?;
-    let err = file
-        .try_clone()
-        .map_err(file_error(vm, "opening the log", log))?;
+    let (begin, out, err) = open_log(vm, log)?;
     let failed = |status: String, output| LaunchError::NotStarted {
         vm: vm.to_owned(),
         binary: binary.to_owned(),
@@ -67,7 +56,7 @@ pub(super) async fn run_daemonizing(
     let mut child = tokio::process::Command::new(binary)
         .args(args)
         .stdin(Stdio::null())
-        .stdout(file)
+        .stdout(out)
         .stderr(err)
         .kill_on_drop(true)
         .spawn()
